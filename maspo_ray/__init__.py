@@ -1,0 +1,1 @@
+"""Ray-native, actor-based reinforcement learning with verifiable rewards for language models."""

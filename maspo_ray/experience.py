@@ -1,0 +1,172 @@
+"""What flows through the pipeline, from a prompt to what the learner trains on.
+
+Promise: plain frozen data, no engine, no Ray. Two sizes of thing live here: payloads (`Prompt`, `Completion`), which stay in
+the object store and travel by reference, and the small facts about them (`CompletionFacts`, `Verdict`, `Rollout`, `Group`),
+which the controller works with. Token ids go in and come out; nothing is tokenised twice.
+"""
+
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A question, tokenised once.
+
+    Attributes:
+        prompt_id: stable across runs: `<source>/<row>`.
+        text: as the user's data has it, before any chat template; a list of messages is its last one's content.
+        token_ids: [prompt_tokens] int32, what the model sees.
+        answer: what the reward compares with; whatever the data's answer column holds.
+        metadata: the rest of the data's row.
+    """
+
+    prompt_id: str
+    text: str
+    token_ids: NDArray[np.int32]
+    answer: Any
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class VersionSpan:
+    """Tokens `[start, end)` of a completion were sampled by the weights of `version`, as the engine stamped them."""
+
+    version: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What the behaviour policy sampled for a prompt.
+
+    Attributes:
+        token_ids: [tokens] int32, with the end-of-sequence token where it was sampled.
+        logprobs: [tokens] float32, log μ of each token at the sampling temperature.
+        spans: cover [0, tokens) without gaps.
+        finish_reason: "stop" or "length" (cut off at the token limit).
+        text: the engine's decoding, special tokens left out; for rewards and people only.
+    """
+
+    token_ids: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
+    spans: tuple[VersionSpan, ...]
+    finish_reason: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionFacts:
+    """What the controller needs to know of a completion; never its tokens."""
+
+    num_tokens: int
+    min_version: int
+    max_version: int
+    finish_reason: str
+
+    @classmethod
+    def of(cls, completion: Completion) -> "CompletionFacts":
+        versions = [span.version for span in completion.spans]
+        return cls(len(completion.token_ids), min(versions), max(versions), completion.finish_reason)
+
+
+class Outcome(StrEnum):
+    """How scoring a completion ended."""
+
+    SCORED = "scored"
+    ERROR = "error"
+    TIMEOUT = "timeout"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the reward says of one completion.
+
+    Attributes:
+        reward: NaN exactly where `outcome` is not "scored": not scored is not the same as wrong.
+        correct: counts for the accuracy.
+        cause: of an error or a timeout, in one line.
+    """
+
+    reward: float
+    correct: bool
+    outcome: Outcome = Outcome.SCORED
+    cause: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.outcome is Outcome.SCORED) == math.isnan(self.reward):
+            raise ValueError(f"reward is {self.reward}; a scored completion has a number, any other NaN. Mend the reward.")
+
+    @classmethod
+    def from_reward(cls, reward: float) -> "Verdict":
+        """Returns the verdict of a reward function that gives a bare number; above 0.5 counts as correct."""
+        return cls(reward=float(reward), correct=float(reward) > 0.5)
+
+    @classmethod
+    def unscored(cls, outcome: Outcome, cause: str) -> "Verdict":
+        return cls(reward=math.nan, correct=False, outcome=outcome, cause=cause)
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One completion with its verdict. `payload` refers to the `Completion` in the object store."""
+
+    payload: Any
+    facts: CompletionFacts
+    verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The rollouts of one prompt, as the controller holds them.
+
+    Attributes:
+        prompt: refers to the `Prompt` in the object store.
+        prompt_tokens: length of the prompt.
+        submitted_version: the learner's version when the group was admitted.
+    """
+
+    group_id: int
+    prompt_id: str
+    prompt: Any
+    prompt_tokens: int
+    submitted_version: int
+    rollouts: tuple[Rollout, ...]
+
+    @property
+    def min_version(self) -> int:
+        return min(rollout.facts.min_version for rollout in self.rollouts)
+
+    @property
+    def max_version(self) -> int:
+        return max(rollout.facts.max_version for rollout in self.rollouts)
+
+    @property
+    def num_tokens(self) -> int:
+        """Completion tokens of all rollouts."""
+        return sum(rollout.facts.num_tokens for rollout in self.rollouts)
+
+    @property
+    def rewards(self) -> list[float]:
+        return [rollout.verdict.reward for rollout in self.rollouts]
+
+
+@dataclass(frozen=True, slots=True)
+class Experience:
+    """A group that the learner can train on.
+
+    Attributes:
+        advantages: one for each rollout, 0 for a rollout that could not be scored.
+        reference_logprobs: refers, for each rollout, to [tokens] float32 log-probs under the reference policy;
+            empty without KL.
+    """
+
+    group: Group
+    advantages: tuple[float, ...]
+    reference_logprobs: tuple[Any, ...] = ()

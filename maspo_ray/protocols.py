@@ -1,0 +1,111 @@
+"""What each role must offer, so that an actor of the user's own plugs in exactly as the built-in ones do.
+
+Promise: an actor is a plain class with a cheap constructor (it keeps its arguments) and a `setup` that does the heavy work.
+The constructor receives the keyword arguments of its role (see each protocol), and the section's `args` after them.
+`fleet` wraps the class with `ray.remote`; nothing else does. Methods may be sync or async where it says so.
+"""
+
+from collections.abc import Awaitable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maspo_ray.experience import Completion, CompletionFacts, Prompt, Verdict
+
+
+class RewardActor(Protocol):
+    """Scores completions. Constructor: the section's `args` only.
+
+    `setup` is optional. `score` may be sync or async; a completion that cannot be scored raises.
+    """
+
+    def score(
+        self, prompt: Prompt, completions: Sequence[Completion]
+    ) -> Sequence[Verdict | float] | Awaitable[Sequence[Verdict | float]]:
+        """Returns a verdict, or a bare reward, for each completion, in order."""
+        ...
+
+
+class RolloutActor(Protocol):
+    """Samples completions. Constructor: `model: ModelConfig, rollout: RolloutConfig, max_model_tokens: int, threads: int,
+    seed: int`.
+
+    The weight methods are vLLM's own names, so that vLLM's trainer-side transfer engines can drive them.
+    """
+
+    async def setup(self) -> None: ...
+
+    async def generate(
+        self, prompt: Prompt, *, temperature: float, max_new_tokens: int, seed: int | None
+    ) -> tuple[Completion, CompletionFacts]:
+        """Returns one completion, and what the controller may know of it."""
+        ...
+
+    async def token_logprobs(self, token_ids: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Returns [tokens - 1] log-probs at temperature 1 of every token but the first, under the weights now loaded."""
+        ...
+
+    async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Joins the learner's transfer group; `init_info` is the backend's."""
+        ...
+
+    async def start_weight_update(self) -> None:
+        """Pauses generation, keeping what is in flight."""
+        ...
+
+    async def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Receives and loads; runs while the learner sends."""
+        ...
+
+    async def finish_weight_update(self, weight_version: int) -> None:
+        """Stamps what is sampled from here on with the version, and resumes."""
+        ...
+
+    async def shutdown(self) -> None: ...
+
+
+class ReferenceActor(Protocol):
+    """Scores tokens under the frozen reference policy. Constructor: `model: ModelConfig, temperature: float, threads: int`."""
+
+    def setup(self) -> None: ...
+
+    def completion_logprobs(self, prompt: Prompt, *completions: Completion) -> Sequence[NDArray[np.float32]]:
+        """Returns, for each completion, [tokens] float32 log-probs at the sampling temperature."""
+        ...
+
+
+class LearnerActor(Protocol):
+    """One rank of the learner. Constructor: `model: ModelConfig, learner: LearnerConfig, objective: ObjectiveConfig,
+    kl: KLConfig, temperature: float, total_steps: int, rank: int, world_size: int, threads: int, seed: int`.
+
+    Every method is called on all ranks at once; what is said to return something returns it on rank 0.
+    """
+
+    def rendezvous(self) -> tuple[str, int]:
+        """Returns the address and a free port of this rank's node."""
+        ...
+
+    def setup(self, master_address: str, master_port: int) -> None: ...
+
+    def train_step(self, plan: Any, *payloads: Any) -> dict[str, float]:
+        """Applies one optimizer step to this rank's share of a batch (`packing.RankPlan`); returns metrics."""
+        ...
+
+    def token_logprobs(self, sequences: Sequence[NDArray[np.int32]]) -> Sequence[NDArray[np.float32]]:
+        """Returns [tokens - 1] log-probs at temperature 1 of each sequence."""
+        ...
+
+    def connect(self, rollout_handles: Sequence[Any], backend: str, timeout_s: float) -> None:
+        """Opens the weight-transfer group to the rollout actors."""
+        ...
+
+    def publish(self, version: int) -> dict[str, float]:
+        """Sends the weights to every rollout actor as `version`; returns timings in seconds."""
+        ...
+
+    def save(self, folder: str) -> None:
+        """Writes a Hugging Face model and its tokenizer."""
+        ...
+
+    def shutdown(self) -> None: ...
