@@ -10,6 +10,7 @@ import inspect
 import sys
 from pathlib import Path
 
+from maspo_ray.config import RunConfig
 from maspo_ray.errors import ConfigError
 from maspo_ray.protocols import LearnerActor, ReferenceActor, RewardActor, RolloutActor
 
@@ -24,6 +25,12 @@ PROTOCOLS: dict[str, type] = {
 def protocol_methods(protocol: type) -> list[str]:
     """Returns the names of the methods that a protocol asks for, in its order."""
     return [name for name, value in vars(protocol).items() if inspect.isfunction(value) and not name.startswith("_")]
+
+
+def load_classes(config: RunConfig) -> dict[str, type]:
+    """Returns the class of each role that the run starts, checked against its protocol."""
+    roles = [role for role in PROTOCOLS if role != "reference" or config.kl.coef > 0]
+    return {role: load_actor_class(role, getattr(config, role).actor) for role in roles}
 
 
 def load_actor_class(role: str, dotted_path: str) -> type:

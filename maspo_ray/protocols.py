@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maspo_ray.experience import Completion, CompletionFacts, Prompt, Verdict
+from maspo_ray.packing import RankPlan
+from maspo_ray.weight_sync import Backend
 
 
 class RewardActor(Protocol):
@@ -88,7 +90,7 @@ class LearnerActor(Protocol):
 
     def setup(self, master_address: str, master_port: int) -> None: ...
 
-    def train_step(self, plan: Any, *payloads: Any) -> dict[str, float]:
+    def train_step(self, plan: RankPlan, *payloads: Any) -> dict[str, float]:
         """Applies one optimizer step to this rank's share of a batch (`packing.RankPlan`); returns metrics."""
         ...
 
@@ -96,8 +98,10 @@ class LearnerActor(Protocol):
         """Returns [tokens - 1] log-probs at temperature 1 of each sequence."""
         ...
 
-    def connect(self, rollout_handles: Sequence[Any], backend: str, timeout_s: float) -> None:
-        """Opens the weight-transfer group to the rollout actors."""
+    def connect(
+        self, rollout_handles: Sequence[Any], workers_per_engine: int, backend: Backend, timeout_s: float
+    ) -> None:
+        """Opens the weight-transfer group to the rollout actors; each has so many vLLM workers."""
         ...
 
     def publish(self, version: int) -> dict[str, float]:

@@ -1,0 +1,38 @@
+"""Reference actor: the frozen policy that the KL is measured to, by transformers.
+
+Promise: log-probs at the sampling temperature, under the weights that the run started from.
+"""
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maspo_ray.config import ModelConfig
+from maspo_ray.experience import Completion, Prompt
+
+
+class HFReference:
+    """One frozen model. See `maspo_ray.protocols.ReferenceActor`."""
+
+    def __init__(self, *, model: ModelConfig, temperature: float, threads: int) -> None:
+        self._config = model
+        self._temperature = temperature
+        self._threads = threads
+
+    def setup(self) -> None:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        import torch
+
+        from actors.token_model import load_token_model
+
+        torch.set_num_threads(self._threads)
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._model = load_token_model(self._config).eval().requires_grad_(False).to(self._device)
+
+    def completion_logprobs(self, prompt: Prompt, *completions: Completion) -> Sequence[NDArray[np.float32]]:
+        from actors.token_model import sequence_logprobs
+
+        pairs = [(prompt.token_ids, completion.token_ids) for completion in completions]
+        return sequence_logprobs(self._model, pairs, self._temperature, self._device)

@@ -1,0 +1,63 @@
+"""Reward 1 where the completion says exactly the answer, else 0."""
+
+import re
+from collections.abc import Sequence
+
+from maspo_ray.errors import ConfigError
+from maspo_ray.experience import Completion, Prompt, Verdict
+
+ANSWER_TAGS = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+
+
+def answer_regex(pattern: str, key: str) -> re.Pattern[str]:
+    """Returns the compiled pattern.
+
+    Raises:
+        ConfigError: it is no regular expression, or has not exactly one group.
+    """
+    try:
+        regex = re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise ConfigError(f"{key} is {pattern!r}; it is not a regular expression ({error}). Mend it.") from None
+    if regex.groups != 1:
+        raise ConfigError(f"{key} is {pattern!r}; it has {regex.groups} groups, it needs one, around the answer. Mend it.")
+    return regex
+
+
+def last_answer(regex: re.Pattern[str], text: str) -> str | None:
+    """Returns what the group caught at the last match, stripped; None without a match."""
+    found = None
+    for found in regex.finditer(text):
+        pass
+    return None if found is None or found.group(1) is None else found.group(1).strip()
+
+
+class ExactMatchReward:
+    """Compares stripped texts. See `maspo_ray.protocols.RewardActor`."""
+
+    def __init__(self, ignore_case: bool = False, pattern: str | None = None) -> None:
+        """Args:
+        ignore_case: `Yes` and `yes` are the same answer.
+        pattern: regular expression with one group, e.g. `answer is (\\d+)`; its last match is compared in place of
+            the whole text, and a completion without a match is wrong.
+        """
+        self._ignore_case = ignore_case
+        self._regex = None if pattern is None else answer_regex(pattern, "reward.args.pattern")
+
+    def score(self, prompt: Prompt, completions: Sequence[Completion]) -> list[Verdict]:
+        """Returns 1.0 or 0.0 for each completion.
+
+        Raises:
+            ValueError: the prompt has no answer to compare with.
+        """
+        if prompt.answer is None:
+            raise ValueError(f"prompt {prompt.prompt_id} has no answer")
+        answer = self._folded(str(prompt.answer).strip())
+        return [Verdict.from_reward(float(self._said(completion.text) == answer)) for completion in completions]
+
+    def _said(self, text: str) -> str | None:
+        said = text.strip() if self._regex is None else last_answer(self._regex, text)
+        return None if said is None else self._folded(said)
+
+    def _folded(self, text: str) -> str:
+        return text.casefold() if self._ignore_case else text

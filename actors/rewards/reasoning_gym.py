@@ -1,0 +1,74 @@
+"""Reward of a reasoning-gym task: what the task's own scorer gives to the completion's answer."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from actors.rewards.exact_match import ANSWER_TAGS, answer_regex, last_answer
+from maspo_ray.experience import Completion, Prompt, Verdict
+
+Scorer = Callable[[str | None, dict[str, Any]], float]
+
+
+class ReasoningGymReward:
+    """Scores by the task that made the prompt. See `maspo_ray.protocols.RewardActor`.
+
+    The answer is what `answer_pattern` catches last, else what the last `<answer>...</answer>` encloses, else the whole text.
+    Most tasks give part of the reward to an answer with something around it.
+    """
+
+    def __init__(self, threshold: float = 0.99, answer_pattern: str | None = None) -> None:
+        """Args:
+        threshold: score from which a completion counts as correct.
+        answer_pattern: regular expression with one group; a completion without a match has no answer.
+        """
+        self._threshold = threshold
+        self._regex = None if answer_pattern is None else answer_regex(answer_pattern, "reward.args.answer_pattern")
+        self._scorers: dict[str, Scorer] = {}
+
+    def setup(self) -> None:
+        import reasoning_gym  # noqa: F401  (takes a second, which the first completion need not wait for)
+
+    def score(self, prompt: Prompt, completions: Sequence[Completion]) -> list[Verdict]:
+        """Returns the task's score for each completion.
+
+        Raises:
+            ValueError: the prompt is not one of reasoning-gym.
+        """
+        entry = prompt.metadata.get("entry")
+        if "task" not in prompt.metadata or not isinstance(entry, dict):
+            raise ValueError(
+                f"prompt {prompt.prompt_id} has no reasoning-gym entry; this reward needs data of kind reasoning_gym"
+            )
+        scorer = self._scorer(prompt.metadata)
+        rewards = [_score(scorer, self._answer(completion.text), entry) for completion in completions]
+        return [Verdict(reward, correct=reward >= self._threshold) for reward in rewards]
+
+    def _answer(self, text: str) -> str | None:
+        if self._regex is not None:
+            return last_answer(self._regex, text)
+        tagged = last_answer(ANSWER_TAGS, text)
+        return text.strip() if tagged is None else tagged
+
+    def _scorer(self, metadata: Mapping[str, Any]) -> Scorer:
+        """Returns the scorer of a task with its args, which some tasks score by."""
+        from reasoning_gym import create_dataset
+
+        task, args = metadata["task"], metadata.get("args", {})
+        key = f"{task} {json.dumps(args, sort_keys=True, default=repr)}"
+        if key not in self._scorers:
+            self._scorers[key] = create_dataset(task, size=1, seed=0, **args).score_answer
+        return self._scorers[key]
+
+
+def _score(scorer: Scorer, answer: str | None, entry: dict[str, Any]) -> float:
+    """Returns the score; 0 where only the answer's form makes the scorer raise.
+
+    reasoning-gym 0.1.25: a few scorers (prime_factorization: `int("abc")`) raise on an answer they cannot read, which is a wrong
+    answer. One that raises on the entry's own answer too is broken, and its error goes on.
+    """
+    try:
+        return float(scorer(answer, entry))
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, SyntaxError):
+        scorer(entry["answer"], entry)
+        return 0.0

@@ -1,0 +1,153 @@
+"""Rollout actor on vLLM's `AsyncLLM`: token ids in, token ids and behaviour log-probs out.
+
+Promise: every token comes with its log-prob at the sampling temperature and the weight version that sampled it, both stamped by
+the engine. Weights change in flight: what is running goes on under the new ones.
+"""
+
+import os
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maspo_ray.config import ModelConfig, RolloutConfig
+from maspo_ray.experience import Completion, CompletionFacts, Prompt, VersionSpan
+from maspo_ray.weight_sync import backend_for
+
+
+def engine_arguments(
+    model: ModelConfig, rollout: RolloutConfig, max_model_tokens: int, seed: int
+) -> dict[str, Any]:
+    """Returns the keyword arguments of vLLM's `AsyncEngineArgs`; `rollout.engine` has the last word."""
+    arguments: dict[str, Any] = {
+        "model": model.path,
+        "dtype": model.dtype,
+        "trust_remote_code": model.trust_remote_code,
+        "seed": seed,
+        # One token more than a sequence has: scoring a full one samples a token that is thrown away.
+        "max_model_len": max_model_tokens + 1,
+        "max_num_seqs": rollout.max_concurrent_requests,
+        # What the learner must match: the distribution after the temperature.
+        "logprobs_mode": "processed_logprobs",
+        # The model folder's own sampling defaults (top_p and the like) would change the behaviour policy unseen.
+        "generation_config": "vllm",
+        "weight_transfer_config": {"backend": backend_for(rollout.gpus)},
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+    }
+    if rollout.gpus > 0:
+        arguments["tensor_parallel_size"] = max(1, int(rollout.gpus))
+    else:
+        arguments["worker_extension_cls"] = "maspo_ray.weight_sync.gloo_engine.GlooWorkerExtension"
+        arguments["kv_cache_memory_bytes"] = int(rollout.kv_cache_gib * 2**30)
+        arguments["enforce_eager"] = True
+    return {**arguments, **rollout.engine}
+
+
+def cpu_environment(threads: int) -> dict[str, str]:
+    """Returns the environment that vLLM's CPU engine needs before it is imported."""
+    return {
+        # The default reserves a core of the machine for itself; the plan has already shared them out.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": str(threads),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }
+
+
+class VLLMRollout:
+    """One engine. See `maspo_ray.protocols.RolloutActor`."""
+
+    def __init__(
+        self, *, model: ModelConfig, rollout: RolloutConfig, max_model_tokens: int, threads: int, seed: int
+    ) -> None:
+        self._model = model
+        self._rollout = rollout
+        self._max_model_tokens = max_model_tokens
+        self._threads = threads
+        self._seed = seed
+        self._version = 0
+        self._num_requests = 0
+
+    async def setup(self) -> None:
+        os.environ.update({"TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1"})
+        if self._rollout.gpus == 0:
+            os.environ.update(cpu_environment(self._threads))
+        from vllm.config import WeightTransferConfig
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        arguments = engine_arguments(self._model, self._rollout, self._max_model_tokens, self._seed)
+        transfer = WeightTransferConfig(**arguments.pop("weight_transfer_config"))
+        self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments, weight_transfer_config=transfer))
+        await self._engine.update_weight_version(str(self._version))
+
+    async def generate(
+        self, prompt: Prompt, *, temperature: float, max_new_tokens: int, seed: int | None
+    ) -> tuple[Completion, CompletionFacts]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        parameters = SamplingParams(
+            temperature=temperature,
+            max_tokens=max_new_tokens,
+            seed=seed,
+            logprobs=0,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        output = (await self._run(prompt.token_ids, parameters)).outputs[0]
+        # Missing would otherwise read as log-prob 0, which is probability 1.
+        assert output.logprobs is not None and len(output.logprobs) == len(output.token_ids), "a token has no log-prob"
+        assert output.weight_versions, "the engine stamped no weight version"
+        completion = Completion(
+            token_ids=np.asarray(output.token_ids, dtype=np.int32),
+            logprobs=np.asarray(
+                [entry[token].logprob for entry, token in zip(output.logprobs, output.token_ids, strict=True)],
+                dtype=np.float32,
+            ),
+            spans=tuple(VersionSpan(int(s.version), s.start, s.end) for s in output.weight_versions),
+            finish_reason=str(output.finish_reason),
+            text=output.text,
+        )
+        return completion, CompletionFacts.of(completion)
+
+    async def token_logprobs(self, token_ids: NDArray[np.int32]) -> NDArray[np.float32]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        parameters = SamplingParams(max_tokens=1, prompt_logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY)
+        scored = (await self._run(token_ids, parameters)).prompt_logprobs
+        assert scored is not None and len(scored) == len(token_ids)
+        pairs = zip(scored[1:], token_ids[1:].tolist(), strict=True)
+        return np.asarray([entry[token].logprob for entry, token in pairs if entry], dtype=np.float32)
+
+    async def _run(self, token_ids: NDArray[np.int32], parameters: Any) -> Any:
+        self._num_requests += 1
+        # The salt keeps a block that was computed under other weights out of this request's prefix.
+        inputs = {"prompt_token_ids": token_ids.tolist(), "cache_salt": f"v{self._version}"}
+        result = None
+        async for result in self._engine.generate(inputs, parameters, str(self._num_requests)):
+            pass
+        assert result is not None and result.finished
+        return result
+
+    async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
+
+    async def start_weight_update(self) -> None:
+        await self._engine.pause_generation(mode="keep", clear_cache=True)
+        await self._engine.start_weight_update()
+
+    async def update_weights(self, update_info: dict[str, Any]) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        await self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
+
+    async def finish_weight_update(self, weight_version: int) -> None:
+        await self._engine.finish_weight_update(weight_version=str(weight_version))
+        self._version = weight_version
+        await self._engine.resume_generation()
+
+    async def shutdown(self) -> None:
+        self._engine.shutdown()

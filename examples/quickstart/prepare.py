@@ -1,0 +1,133 @@
+"""Makes what the quickstart needs, once: the task's prompts, and a tiny model that has seen a little of the task.
+
+The task is to add two numbers of two digits: prompt `37+48=`, answer `85`. Every eighth pair of numbers is held out: neither the
+warm-up nor the training ever sees it. The model is a Llama of about a million parameters with one token for each character;
+the warm-up is some hundreds of supervised steps, until it answers a quarter of the training prompts right, so that there is a
+reward to learn from.
+"""
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+CHARACTERS = "0123456789+="
+PAD, EOS = 0, 1
+PROMPT_TOKENS = len("37+48=")
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Returns a tokenizer with one token for each character, and a vocabulary padded to 64."""
+    vocabulary = {"<pad>": PAD, "<eos>": EOS, "<unk>": 2} | {c: 3 + i for i, c in enumerate(CHARACTERS)}
+    vocabulary |= {f"<{i}>": i for i in range(len(vocabulary), 64)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", model_max_length=64
+    )
+
+
+def build_model(seed: int) -> LlamaForCausalLM:
+    """Returns a Llama of 0.8M parameters; a head of 32 is the smallest that vLLM's CPU attention takes."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=128,
+            intermediate_size=352,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=64,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=EOS,
+            pad_token_id=PAD,
+        )
+    )
+
+
+def additions() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Returns (training, held-out) pairs of prompt and answer, shuffled the same way each time."""
+    pairs = [(f"{a}+{b}=", str(a + b)) for a in range(10, 100) for b in range(10, 100)]
+    random.Random(0).shuffle(pairs)
+    return pairs[len(pairs) // 8 :], pairs[: len(pairs) // 8]
+
+
+def warm_up(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, accuracy: float, max_steps: int = 3000
+) -> tuple[int, float]:
+    """Trains the model on the answers of training prompts; returns the steps taken and the accuracy reached.
+
+    Ends once that share of 512 training prompts is answered right, by sampling at temperature 1.
+    """
+    train, _ = additions()
+    rng = random.Random(1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 50))
+    reached = 0.0
+    for step in range(1, max_steps + 1):
+        rows = [tokenizer(prompt + answer)["input_ids"] + [EOS] for prompt, answer in rng.sample(train, 64)]
+        width = max(len(row) for row in rows)
+        ids = torch.tensor([row + [PAD] * (width - len(row)) for row in rows])
+        labels = ids.masked_fill(ids == PAD, -100)
+        labels[:, :PROMPT_TOKENS] = -100
+        loss = model(input_ids=ids, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 25 == 0 and (reached := sampled_accuracy(model, tokenizer, train[:512])) >= accuracy:
+            return step, reached
+    return max_steps, reached
+
+
+@torch.no_grad()
+def sampled_accuracy(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]]
+) -> float:
+    """Returns the share of prompts whose sampled answer is right."""
+    ids = torch.tensor([tokenizer(prompt)["input_ids"] for prompt, _ in pairs])
+    for _ in range(4):
+        probabilities = model(ids).logits[:, -1].softmax(-1)
+        ids = torch.cat([ids, torch.multinomial(probabilities, 1)], dim=1)
+    wanted = [tokenizer(answer)["input_ids"] + [EOS] for _, answer in pairs]
+    given = ids[:, PROMPT_TOKENS:].tolist()
+    return sum(row[: len(answer)] == answer for row, answer in zip(given, wanted, strict=True)) / len(pairs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--accuracy", type=float, default=0.25, help="share of training prompts at which the warm-up ends")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    model_folder, data_folder = options.folder / "model", options.folder / "data"
+    if (model_folder / "config.json").exists() and (data_folder / "heldout.jsonl").exists():
+        print(f"{model_folder} and {data_folder} are there already")
+        return
+    started = time.perf_counter()
+    tokenizer, model = build_tokenizer(), build_model(options.seed)
+    steps, accuracy = warm_up(model, tokenizer, options.accuracy)
+    data_folder.mkdir(parents=True, exist_ok=True)
+    for name, pairs in zip(("train", "heldout"), additions(), strict=True):
+        lines = (json.dumps({"prompt": prompt, "answer": answer}) + "\n" for prompt, answer in pairs)
+        (data_folder / f"{name}.jsonl").write_text("".join(lines))
+    tokenizer.save_pretrained(model_folder)
+    model.save_pretrained(model_folder)
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    print(
+        f"warmed up a model of {millions:.2f}M parameters by {steps} supervised steps in "
+        f"{time.perf_counter() - started:.0f} s (training prompts answered right: {100 * accuracy:.0f} %): {model_folder}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""`maspo train | check`.
+
+Promise: bad input is one line on standard error and exit code 2, before an actor is started; a run that fails says why and exits
+with 1, one that was interrupted with 130.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import yaml
+
+from maspo_ray.config import load_config
+from maspo_ray.errors import ConfigError, RunError
+
+_EXIT_FAILED, _EXIT_BAD_INPUT, _EXIT_INTERRUPTED = 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="maspo", description="Reinforcement learning with verifiable rewards on Ray: MASPO, asynchronous."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("train", "train; any key of the config can follow as --section.key value"),
+        ("check", "validate a config, print it resolved and where its actors would run; starts nothing"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("config", help="YAML file")
+        if name == "train":
+            command.add_argument("--resume", action="store_true", help="go on with the run in run_dir")
+    options, overrides = parser.parse_known_args(arguments)
+    try:
+        if options.command == "check":
+            return _check(options.config, overrides)
+        return _train(options.config, overrides, options.resume)
+    except ConfigError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return _EXIT_BAD_INPUT
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return _EXIT_FAILED
+    except KeyboardInterrupt:
+        print("interrupted before training began; nothing was saved", file=sys.stderr)
+        return _EXIT_INTERRUPTED
+
+
+def _check(path: str, overrides: Sequence[str]) -> int:
+    from maspo_ray.loading import load_classes
+    from maspo_ray.placement import config_nodes, demands, plan
+    from maspo_ray.preflight import preflight
+
+    config = load_config(path, overrides)
+    preflight(config, resume=False)
+    load_classes(config)
+    planned = plan(demands(config), config_nodes(config.placement))
+    print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    print(planned.table())
+    return 0
+
+
+def _train(path: str, overrides: Sequence[str], resume: bool) -> int:
+    config = load_config(path, overrides)
+    # Ray takes seconds to import; a wrong key is answered without them.
+    from maspo_ray.controller import train
+    from maspo_ray.summary import summary_text
+
+    summary = train(config, resume)
+    print(summary_text(summary))
+    return _EXIT_INTERRUPTED if summary.interrupted else 0

@@ -1,0 +1,161 @@
+"""One run from its config to its summary: checks, Ray, actors, the pipeline, and the way back down.
+
+Promise: nothing is started before the config's files and classes are checked; however a run ends, by its last step, an error or
+Ctrl-C, its actors are ended, its files closed, and what was saved is said.
+"""
+
+import asyncio
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from maspo_ray.checks import Evaluator, ParityCheck
+from maspo_ray.cluster import connected
+from maspo_ray.config import RunConfig
+from maspo_ray.curves import draw_curves
+from maspo_ray.errors import ConfigError
+from maspo_ray.experience import Prompt
+from maspo_ray.fleet import Fleet
+from maspo_ray.loading import load_classes
+from maspo_ray.pipeline import Pipeline
+from maspo_ray.placement import Plan, Reservation, demands, reserve, wait_for_cluster
+from maspo_ray.preflight import preflight
+from maspo_ray.progress import Progress
+from maspo_ray.prompts import PromptStream, load_prompts
+from maspo_ray.rollout_pool import ErrorWatch, RolloutPool
+from maspo_ray.run_folder import RunFolder
+from maspo_ray.run_record import RunRecord
+from maspo_ray.summary import RunSummary
+
+
+def train(config: RunConfig, resume: bool = False) -> RunSummary:
+    """Trains as the config says; returns what the run came to, also when it was interrupted.
+
+    Raises:
+        ConfigError: the config names something that is not there; no actor was started.
+        RunError: the run could not go on.
+    """
+    preflight(config, resume)
+    classes = load_classes(config)
+    with connected(config.placement) as may_grow:
+        plan = wait_for_cluster(demands(config), config.placement.wait_s if may_grow else 0.0)
+        _check_ranks(config, plan)
+        reservation = reserve(plan, config.placement.wait_s)
+        try:
+            return asyncio.run(_Session(config, classes, plan, reservation).run())
+        finally:
+            reservation.release()
+
+
+def _check_ranks(config: RunConfig, plan: Plan) -> None:
+    ranks, batch = len(plan.of_role("learner")), config.pipeline.groups_per_step
+    if batch % ranks:
+        raise ConfigError(
+            f"pipeline.groups_per_step is {batch}; it must divide by the learner's {ranks} ranks. "
+            f"Set it to {-(-batch // ranks) * ranks}."
+        )
+
+
+class _Session:
+    """A run on a Ray that is there, in slots that are reserved."""
+
+    def __init__(self, config: RunConfig, classes: dict[str, type], plan: Plan, reservation: Reservation) -> None:
+        self._config = config
+        self._folder = RunFolder(config)
+        self._record = RunRecord(config)
+        self._errors = ErrorWatch(config.reward.max_error_rate)
+        self._fleet = Fleet(config, classes, plan, reservation)
+        self._pipeline: Pipeline | None = None
+
+    async def run(self) -> RunSummary:
+        interrupted = False
+        progress = Progress(self._config.pipeline.steps, self._config.logging.progress, sys.stdout)
+        try:
+            with progress, _interruptible():
+                await self._work(progress)
+        except asyncio.CancelledError:
+            interrupted = True
+        except BaseExceptionGroup as group:
+            raise _first_cause(group) from None
+        finally:
+            await self._fleet.shutdown()
+            self._folder.close()
+        return self._summarise(interrupted)
+
+    async def _work(self, progress: Progress) -> None:
+        config = self._config
+        progress.note("starting the actors")
+        (train_prompts, eval_prompts), _ = await asyncio.gather(
+            asyncio.to_thread(self._prompts), self._fleet.setup(progress.note)
+        )
+        pool = RolloutPool(self._fleet.of_role("rollout"), self._fleet.of_role("reward"), self._errors)
+        parity = ParityCheck(self._fleet, config.parity_bound)
+        await parity.choose(
+            train_prompts[: config.pipeline.parity_prompts], config.rollout.temperature, config.rollout.max_new_tokens
+        )
+        self._pipeline = Pipeline(
+            config,
+            self._fleet,
+            pool,
+            PromptStream(train_prompts, shuffle=config.data.shuffle, seed=config.seed),
+            Evaluator(pool, eval_prompts, config.eval, config.rollout, config.seed) if eval_prompts else None,
+            parity,
+            self._folder,
+            progress,
+            self._record,
+        )
+        await self._pipeline.run()
+        if config.checkpoint.save_final:
+            await self._fleet.learners("save", str(self._folder.final.resolve()))
+
+    def _prompts(self) -> tuple[list[Prompt], list[Prompt]]:
+        # Imported here: transformers takes seconds, during which the actors start.
+        from transformers import AutoTokenizer
+
+        data = self._config.data
+        tokenizer = AutoTokenizer.from_pretrained(
+            self._config.model.path, trust_remote_code=self._config.model.trust_remote_code
+        )
+        held_out = load_prompts(data.eval, data, tokenizer, "data.eval") if data.eval is not None else []
+        return load_prompts(data.train, data, tokenizer, "data.train"), held_out
+
+    def _summarise(self, interrupted: bool) -> RunSummary:
+        if self._config.logging.curves:
+            draw_curves(self._folder.path)
+        groups = self._pipeline.group_counts if self._pipeline else {"submitted": 0}
+        summary = self._record.summary(
+            groups=groups, errors=self._errors.errors, interrupted=interrupted, saved=self._folder.saved()
+        )
+        self._folder.write_summary(summary)
+        return summary
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Turns the first Ctrl-C (or SIGTERM) into the task's cancellation; a second one ends the process as usual."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    if task is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def stop() -> None:
+        for number in signals:
+            loop.remove_signal_handler(number)
+        task.cancel()
+
+    for number in signals:
+        loop.add_signal_handler(number, stop)
+    try:
+        yield
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)
+
+
+def _first_cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Returns the first error of a group that is not itself one."""
+    leaves: Sequence[BaseException] = group.exceptions
+    return next((_first_cause(leaf) if isinstance(leaf, BaseExceptionGroup) else leaf) for leaf in leaves)

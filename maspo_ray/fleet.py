@@ -1,0 +1,178 @@
+"""Specs → actor handles, started together, ended together.
+
+Promise: every actor of a run is created here, wrapped with `ray.remote` in one place, in the slot that the plan gave it; an actor that
+fails to set up is named with its cause; `shutdown` leaves none behind.
+"""
+
+import asyncio
+import os
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from maspo_ray.config import RunConfig
+from maspo_ray.errors import RunError
+from maspo_ray.placement import Plan, Reservation, Slot
+from maspo_ray.reward_host import RewardHost
+from maspo_ray.weight_sync import backend_for
+
+_SHUTDOWN_S = 5.0
+_MAX_CALLS = 4096
+"""Calls that an async actor holds at once; what it works on at once is its engine's affair."""
+
+
+class Fleet:
+    """The actors of a run, by role, in the order of their replicas."""
+
+    def __init__(self, config: RunConfig, classes: dict[str, type], plan: Plan, reservation: Reservation) -> None:
+        self._config = config
+        self._classes = classes
+        self._world_size = len(plan.of_role("learner"))
+        self._actors = {
+            role: [self._create(slot, reservation) for slot in plan.of_role(role)]
+            for role in ("rollout", "reward", "reference", "learner")
+        }
+
+    def of_role(self, role: str) -> list[Any]:
+        """Returns the handles of a role's replicas."""
+        return self._actors[role]
+
+    def _create(self, slot: Slot, reservation: Reservation) -> Any:
+        actor_class, arguments, is_async = self._blueprint(slot)
+        return (
+            ray.remote(actor_class)
+            .options(
+                num_cpus=slot.cpus,
+                num_gpus=slot.gpus,
+                scheduling_strategy=reservation.strategy(slot),
+                max_concurrency=_MAX_CALLS if is_async else 1,
+                runtime_env={"env_vars": actor_environment(slot)},
+            )
+            .remote(**arguments)
+        )
+
+    def _blueprint(self, slot: Slot) -> tuple[type, dict[str, Any], bool]:
+        """Returns the class to start in a slot, its constructor's arguments, and whether its methods are coroutines."""
+        config, threads = self._config, threads_of(slot)
+        section = getattr(config, slot.role)
+        if slot.role == "reward":
+            arguments = {
+                "reward_class": self._classes["reward"],
+                "args": section.args,
+                "timeout_s": section.timeout_s,
+            }
+            return RewardHost, arguments, True
+        if slot.role == "rollout":
+            arguments = {
+                "model": config.model,
+                "rollout": config.rollout,
+                "max_model_tokens": config.max_model_tokens,
+                "threads": threads,
+                "seed": config.seed + slot.replica,
+            }
+        elif slot.role == "reference":
+            arguments = {"model": config.model, "temperature": config.rollout.temperature, "threads": threads}
+        else:
+            arguments = {
+                "model": config.model,
+                "learner": config.learner,
+                "objective": config.objective,
+                "kl": config.kl,
+                "temperature": config.rollout.temperature,
+                "total_steps": config.pipeline.steps,
+                "rank": slot.replica,
+                "world_size": self._world_size,
+                "threads": threads,
+                "seed": config.seed,
+            }
+        return self._classes[slot.role], {**arguments, **section.args}, slot.role == "rollout"
+
+    async def setup(self, note: Callable[[str], None]) -> None:
+        """Sets up all actors at once and opens the weight-transfer group."""
+
+        async def one(role: str, replica: int, *arguments: Any) -> None:
+            await named(f"{role}/{replica} failed to set up", self.of_role(role)[replica].setup.remote(*arguments))
+            note(f"{role}/{replica} is up")
+
+        learners = self.of_role("learner")
+        rendezvous = await named("learner/0 failed to start", learners[0].rendezvous.remote())
+        calls = [one("learner", rank, *rendezvous) for rank in range(len(learners))]
+        calls += [one(role, i) for role in ("rollout", "reward", "reference") for i in range(len(self.of_role(role)))]
+        limit = self._config.pipeline.setup_timeout_s
+        try:
+            await asyncio.wait_for(asyncio.gather(*calls), limit)
+        except TimeoutError:
+            raise RunError(f"the actors were not up within pipeline.setup_timeout_s ({limit:g} s). Raise it.") from None
+        rollout = self._config.rollout
+        await self.learners(
+            "connect",
+            self.of_role("rollout"),
+            max(1, int(rollout.gpus)),
+            backend_for(rollout.gpus),
+            self._config.pipeline.weight_sync_timeout_s,
+        )
+
+    async def learners(self, method: str, *arguments: Any) -> Any:
+        """Calls a method on every rank at once; returns what rank 0 returns."""
+        return await self.learners_each(method, [arguments] * self._world_size)
+
+    async def learners_each(self, method: str, arguments: Sequence[Sequence[Any]]) -> Any:
+        """Calls a method on every rank at once, each with its own arguments; returns what rank 0 returns."""
+        calls = [
+            named(f"learner/{rank} failed in {method}", getattr(handle, method).remote(*arguments[rank]))
+            for rank, handle in enumerate(self.of_role("learner"))
+        ]
+        return (await asyncio.gather(*calls))[0]
+
+    async def shutdown(self) -> None:
+        """Lets every actor that can end itself do so, within a deadline, then ends all."""
+        ending = [
+            handle.shutdown.remote() for role in ("rollout", "learner") for handle in self.of_role(role)
+        ]
+        await asyncio.to_thread(ray.wait, ending, num_returns=len(ending), timeout=_SHUTDOWN_S)
+        for handles in self._actors.values():
+            for handle in handles:
+                ray.kill(handle)
+
+
+async def named(what: str, call: Awaitable[Any]) -> Any:
+    """Returns what a remote call returns.
+
+    Raises:
+        RunError: `what`, with the cause that the actor gave.
+    """
+    try:
+        return await call
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, RunError):
+            raise RunError(str(cause)) from None
+        raise RunError(f"{what}: {type(cause).__name__}: {cause}") from error
+    except RayActorError as error:
+        raise RunError(f"{what}: the actor died: {' '.join(str(error).split())}") from None
+
+
+def threads_of(slot: Slot) -> int:
+    """Returns how many threads an engine gets for its share of CPUs."""
+    return max(1, int(slot.cpus))
+
+
+def actor_environment(slot: Slot) -> dict[str, str]:
+    """Returns the environment that an actor's process starts with; what must be set before an engine is imported."""
+    environment = {
+        "OMP_NUM_THREADS": str(threads_of(slot)),
+        # Where the driver finds the user's modules the actor must find them too.
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys([os.getcwd(), *filter(None, sys.path)])),
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+    }
+    if slot.role == "learner" and slot.gpus == 0:
+        # glibc returns large blocks to the system after each step and faults them in again: 10-25 % of a CPU step.
+        environment |= {
+            "MALLOC_MMAP_MAX_": "0",
+            "MALLOC_TRIM_THRESHOLD_": "100000000000",
+            "MALLOC_TOP_PAD_": "268435456",
+        }
+    return environment

@@ -1,0 +1,95 @@
+"""Every group's life, exactly once.
+
+Promise: a group that was submitted ends once, as trained, filtered, stale or failed, with one row for it; at the end of a run
+the counts add up or `check_balanced` says which groups do not. Owns no file: rows go to a sink.
+"""
+
+from collections.abc import Callable
+from enum import StrEnum
+
+
+class GroupOutcome(StrEnum):
+    """How a group's life ended."""
+
+    TRAINED = "trained"
+    FILTERED = "filtered"
+    STALE = "stale"
+    FAILED = "failed"
+
+
+class GroupLedger:
+    """Accounts for groups from submission to their end.
+
+    Args:
+        sink: receives one row for each group that ends: group_id, prompt_id, outcome, submitted_version, min_version,
+            max_version, step, and cause where one was given.
+    """
+
+    def __init__(self, sink: Callable[[dict[str, object]], None]) -> None:
+        self._sink = sink
+        self._open: dict[int, tuple[str, int]] = {}
+        self._ended: set[int] = set()
+        self._ends = {outcome: 0 for outcome in GroupOutcome}
+        self._submitted = 0
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Groups submitted, and by outcome."""
+        return {"submitted": self._submitted, **{outcome.value: count for outcome, count in self._ends.items()}}
+
+    @property
+    def open_ids(self) -> list[int]:
+        """Groups that were submitted and have not ended, in the order of their submission."""
+        return list(self._open)
+
+    def submit(self, group_id: int, prompt_id: str, version: int) -> None:
+        """Opens a group's life at the version of its admission."""
+        assert group_id not in self._open and group_id not in self._ended, f"group {group_id} was submitted twice."
+        self._open[group_id] = (prompt_id, version)
+        self._submitted += 1
+
+    def end(
+        self,
+        group_id: int,
+        outcome: GroupOutcome,
+        *,
+        min_version: int | None = None,
+        max_version: int | None = None,
+        step: int | None = None,
+        cause: str | None = None,
+    ) -> None:
+        """Closes a group's life and writes its row.
+
+        Args:
+            min_version: the oldest version that sampled one of its tokens; max_version, the newest. None where the group
+                has no tokens.
+            step: the update that trained it; None exactly where it was not trained.
+            cause: why it was filtered or failed.
+        """
+        assert group_id not in self._ended, f"group {group_id} ended twice."
+        assert group_id in self._open, f"group {group_id} ended; it was never submitted."
+        assert (step is not None) == (outcome is GroupOutcome.TRAINED), (
+            f"group {group_id} ended {outcome} with step {step}; a trained group has a step, no other has."
+        )
+        prompt_id, submitted_version = self._open[group_id]
+        row: dict[str, object] = {
+            "group_id": group_id,
+            "prompt_id": prompt_id,
+            "outcome": outcome.value,
+            "submitted_version": submitted_version,
+            "min_version": min_version,
+            "max_version": max_version,
+            "step": step,
+        }
+        if cause is not None:
+            row["cause"] = cause
+        self._sink(row)
+        del self._open[group_id]
+        self._ended.add(group_id)
+        self._ends[outcome] += 1
+
+    def check_balanced(self) -> None:
+        """Asserts that every submitted group has ended, once."""
+        assert not self._open, f"groups {self.open_ids} were submitted and never ended."
+        ended = sum(self._ends.values())
+        assert self._submitted == ended, f"{self._submitted} groups were submitted and {ended} ended."

@@ -1,0 +1,379 @@
+"""Which actor goes on which node: a pure plan first, then Ray placement groups that hold it.
+
+Promise: a `Plan` that exists places every actor that the config asks for and over-commits no node and no single GPU; a
+`Reservation` that exists holds all of it on the planned nodes, and a failed one holds nothing. Starting the actors is
+`fleet`'s. Ray is imported where it is used, so that planning answers at once.
+"""
+
+import copy
+import itertools
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from maspo_ray.config import PlacementConfig, RunConfig
+from maspo_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ray.util.placement_group import PlacementGroup
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+logger = logging.getLogger(__name__)
+
+Resource = Literal["gpus", "cpus"]
+# Ray counts resources in ten-thousandths; counting alike keeps 0.1 + 0.2 within 0.3.
+_DIGITS = 4
+_POLL_S = 0.25
+_LOG_EVERY_S = 5.0
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Node:
+    """A node that the plan may use. `name` is Ray's node id on a cluster; `cpus` may be infinite: as many as it takes."""
+
+    name: str
+    gpus: float
+    cpus: float
+
+
+@dataclass(frozen=True, slots=True)
+class RoleDemand:
+    """What a role asks for: `replicas` actors in all, or `per_node` on each GPU node; 1 in all if both are None.
+
+    `gpus` and `cpus` are of one actor: below 1 a share of one physical GPU, from 1 on whole GPUs of one node.
+    """
+
+    role: str
+    replicas: int | None
+    per_node: int | None
+    gpus: float
+    cpus: float
+
+    def amount(self, resource: Resource) -> float:
+        return round(getattr(self, resource), _DIGITS)
+
+    @property
+    def count(self) -> int:
+        """Actors in all, or on each node."""
+        return self.replicas or self.per_node or 1
+
+    def knob(self, resource: Resource) -> str:
+        """Returns the key that a user lowers so that the role asks for less of the resource."""
+        key = resource if self.count == 1 else "replicas" if self.per_node is None else "per_node"
+        return f"{self.role}.{key}"
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """The place of one actor. `replica` counts within the role; a learner's is its rank."""
+
+    role: str
+    replica: int
+    node: str
+    gpus: float
+    cpus: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """`slots` are in the order in which they were placed; a role's own are in order of replica."""
+
+    slots: tuple[Slot, ...]
+    nodes: tuple[Node, ...]
+
+    def of_role(self, role: str) -> tuple[Slot, ...]:
+        return tuple(slot for slot in self.slots if slot.role == role)
+
+    def on_node(self, name: str) -> tuple[Slot, ...]:
+        return tuple(slot for slot in self.slots if slot.node == name)
+
+    def table(self) -> str:
+        """Returns an aligned text table: a line for each actor, then used / available of each node."""
+        rows = [("node", "role", "replica", "gpus", "cpus")]
+        totals = []
+        for node in self.nodes:
+            name, slots = node.name[:12], self.on_node(node.name)
+            rows += [(name, s.role, str(s.replica), _number(s.gpus), _number(s.cpus)) for s in slots]
+            gpus, cpus = sum(s.gpus for s in slots), sum(s.cpus for s in slots)
+            used = (f"{_number(gpus)}/{_number(node.gpus)}", f"{_number(cpus)}/{_number(node.cpus)}")
+            totals.append((name, "used/available", str(len(slots)), *used))
+        rows += totals
+        widths = [max(len(row[column]) for row in rows) for column in range(5)]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def demands(config: RunConfig) -> tuple[RoleDemand, ...]:
+    """Returns what each role asks for; the reference only if its KL is in the loss."""
+    sections = {"learner": config.learner, "rollout": config.rollout}
+    if config.kl.coef > 0:
+        sections["reference"] = config.reference
+    sections["reward"] = config.reward
+    return tuple(
+        RoleDemand(role, s.replicas or (None if s.per_node else 1), s.per_node, s.gpus, s.cpus)
+        for role, s in sections.items()
+    )
+
+
+def config_nodes(placement: PlacementConfig) -> tuple[Node, ...]:
+    """Returns the nodes that `maspo check` plans for: those of the config, else this machine.
+
+    A cluster whose `cpus_per_node` is not given has as many as it takes (shown as `-`): this machine's count says nothing
+    about it.
+    """
+    if placement.nodes is None:
+        # The affinity knows what a container or a batch system has left of the machine; only Linux tells it.
+        local_cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        return (Node("local", placement.gpus_per_node, placement.cpus_per_node or local_cpus),)
+    cpus = placement.cpus_per_node or math.inf
+    return tuple(Node(f"node-{i}", placement.gpus_per_node, cpus) for i in range(placement.nodes))
+
+
+def plan(demands: Sequence[RoleDemand], nodes: Sequence[Node]) -> Plan:
+    """Returns a place for every actor.
+
+    `per_node` actors go first, since they have no choice of node; then the roles with GPUs; then the others. The learner's
+    ranks are packed onto as few nodes as possible, in order; actors of other roles go where most is left. Where that
+    finds no place, roles with larger actors are tried before those with smaller ones.
+
+    Raises:
+        ConfigError: the nodes do not hold them.
+    """
+    by_kind = sorted(demands, key=lambda d: (d.per_node is None, d.gpus == 0))
+    larger_first = sorted(by_kind, key=lambda d: (d.per_node is None, d.gpus == 0, -d.gpus, -d.cpus))
+    try:
+        return Plan(_slots(by_kind, nodes), tuple(nodes))
+    except ConfigError as fault:
+        try:
+            return Plan(_slots(larger_first, nodes), tuple(nodes))
+        except ConfigError:
+            raise fault from None
+
+
+class _Room:
+    """What is left of a node. GPUs are handed out as Ray does: fractions by best fit, whole ones only if untouched."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        part = round(node.gpus % 1, _DIGITS)
+        self.free_gpus = [1.0] * int(node.gpus) + ([part] if part else [])
+        self.free_cpus = node.cpus
+        self.actors = 0
+
+    def gpus_for(self, gpus: float) -> list[int] | None:
+        """Returns the indices of the GPUs that an actor would get; None if they are not free."""
+        if gpus >= 1:
+            untouched = [i for i, free in enumerate(self.free_gpus) if free == 1]
+            return untouched[: int(gpus)] if len(untouched) >= gpus else None
+        fitting = [i for i, free in enumerate(self.free_gpus) if free >= gpus]
+        return sorted(fitting, key=self.free_gpus.__getitem__)[:1] or None if gpus else []
+
+    def lacks(self, demand: RoleDemand) -> Resource | None:
+        """Returns what keeps an actor out, if anything."""
+        if self.gpus_for(demand.amount("gpus")) is None:
+            return "gpus"
+        return "cpus" if self.free_cpus < demand.amount("cpus") else None
+
+    def take(self, demand: RoleDemand) -> bool:
+        """Places one actor; returns whether there was room."""
+        if self.lacks(demand):
+            return False
+        gpus = demand.amount("gpus")
+        for i in self.gpus_for(gpus) or []:
+            self.free_gpus[i] = round(self.free_gpus[i] - min(gpus, 1), _DIGITS)
+        self.free_cpus = round(self.free_cpus - demand.amount("cpus"), _DIGITS)
+        self.actors += 1
+        return True
+
+    def capacity(self, demand: RoleDemand) -> int:
+        """Returns how many of the demand's actors there is room for."""
+        scratch = copy.deepcopy(self)
+        return sum(scratch.take(demand) for _ in range(demand.count))
+
+
+def _slots(demands: Sequence[RoleDemand], nodes: Sequence[Node]) -> tuple[Slot, ...]:
+    """Returns the slots of the demands, placed in the order given."""
+    rooms = [_Room(node) for node in nodes]
+    gpu_rooms = [room for room in rooms if room.free_gpus] or rooms
+    slots: list[Slot] = []
+    for demand in demands:
+        if not rooms:
+            raise ConfigError(f"{demand.knob('cpus')} is set; there is no node to place the actor on. Add nodes.")
+        names: list[str] = []
+        for scope in [rooms] if demand.per_node is None else [[room] for room in gpu_rooms]:
+            chosen = _choose(demand, scope)
+            if len(chosen) < demand.count:
+                raise _shortage(demand, len(chosen), scope, slots, demands)
+            names += [room.node.name for room in chosen]
+        slots += [Slot(demand.role, i, name, demand.gpus, demand.cpus) for i, name in enumerate(names)]
+    return tuple(slots)
+
+
+def _choose(demand: RoleDemand, scope: Sequence[_Room]) -> list[_Room]:
+    """Returns the room of each actor, having taken it; fewer where there is no room for more."""
+    if demand.role == "learner":
+        by_capacity = sorted(scope, key=lambda room: -room.capacity(demand))
+        places = (room for room in by_capacity for _ in range(demand.count) if room.take(demand))
+        return list(itertools.islice(places, demand.count))
+    chosen: list[_Room] = []
+    while len(chosen) < demand.count:
+        free = [room for room in scope if room.lacks(demand) is None]
+        if not free:
+            break
+        chosen.append(max(free, key=lambda r: (sum(r.free_gpus) if demand.gpus else 0, r.free_cpus, -r.actors)))
+        chosen[-1].take(demand)
+    return chosen
+
+
+def _shortage(
+    demand: RoleDemand, placed: int, scope: Sequence[_Room], slots: Sequence[Slot], demands: Sequence[RoleDemand]
+) -> ConfigError:
+    """Returns what a role needs of the resource that ran out, against what the nodes have of it."""
+    resource: Resource = "gpus" if all(room.lacks(demand) == "gpus" for room in scope) else "cpus"
+    unit, amount, count = resource[:-1].upper(), demand.amount(resource), demand.count
+    names, total = {room.node.name for room in scope}, sum(getattr(room.node, resource) for room in scope)
+    held = [slot for slot in slots if slot.node in names and getattr(slot, resource)]
+    taken, holders = sum(getattr(slot, resource) for slot in held), list(dict.fromkeys(slot.role for slot in held))
+    has = f"{'the cluster' if demand.per_node is None else scope[0].node.name[:12]} has {_number(total)}"
+    if held:
+        has += f", of which {_join(holders, 'and')} {'takes' if len(holders) == 1 else 'take'} {_number(taken)}"
+    if amount * count > total - taken:
+        where = "" if demand.per_node is None else " on each node"
+        rule = f"{_count(count, 'actor')}{where} need{'s' * (count == 1)} {_count(amount * count, unit)} and {has}"
+    else:
+        of = "one GPU" if resource == "gpus" and amount < 1 else "one node"
+        beside = " beside its GPUs" if resource == "cpus" and demand.gpus else ""
+        rule = f"each actor needs {_count(amount, unit)} of {of}{beside}, and only {placed} of {count} find that; {has}"
+    knobs = [d.knob(resource) for d in sorted(demands, key=lambda d: d.role != demand.role) if d.amount(resource)]
+    remedy = f"Lower {_join(knobs, 'or')}, or {'add' if demand.per_node is None else 'use larger'} nodes."
+    return ConfigError(f"{demand.role}.{resource} is {_number(amount)}; {rule}. {remedy}")
+
+
+def _number(value: float) -> str:
+    return "-" if math.isinf(value) else f"{round(value, _DIGITS):.12g}"
+
+
+def _count(value: float, noun: str) -> str:
+    return f"{_number(value)} {noun}{'' if value == 1 else 's'}"
+
+
+def _join(names: Sequence[str], word: str) -> str:
+    return f" {word} ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def cluster_nodes() -> tuple[Node, ...]:
+    """Returns the living nodes of the Ray cluster with all they have: the head first, then by address and node id."""
+    import ray
+
+    alive = [info for info in ray.nodes() if info["Alive"]]
+    alive.sort(key=lambda n: ("node:__internal_head__" not in n["Resources"], n["NodeManagerAddress"], n["NodeID"]))
+    return tuple(Node(n["NodeID"], n["Resources"].get("GPU", 0.0), n["Resources"].get("CPU", 0.0)) for n in alive)
+
+
+def wait_for_cluster(demands: Sequence[RoleDemand], wait_s: float) -> Plan:
+    """Returns the first plan that fits the nodes registered by then.
+
+    Raises:
+        ConfigError: none fits after `wait_s`; says what had registered against what is needed.
+    """
+    start, logged_at = time.monotonic(), -math.inf
+    while True:
+        waited_s = time.monotonic() - start
+        nodes = cluster_nodes()
+        try:
+            return plan(demands, nodes)
+        except ConfigError as error:
+            fault = error
+        against = f"registered: {_count(len(nodes), 'node')}, {_totals(nodes)}; needed: {_needed(demands)}"
+        if waited_s >= wait_s:
+            raise ConfigError(
+                f"{fault}\nplacement.wait_s is {wait_s:g}; by then {against}. Raise it where nodes are still joining."
+            ) from None
+        if waited_s - logged_at >= _LOG_EVERY_S:
+            logger.info("waiting for the cluster, %.0f of %g s: %s", waited_s, wait_s, against)
+            logged_at = waited_s
+        time.sleep(min(_POLL_S, wait_s - waited_s))
+
+
+def _totals(parts: Sequence[Node | Slot]) -> str:
+    cpus, gpus = sum(part.cpus for part in parts), sum(part.gpus for part in parts)
+    return f"{_count(cpus, 'CPU')}, {_count(gpus, 'GPU')}"
+
+
+def _needed(demands: Sequence[RoleDemand]) -> str:
+    wanted = {d: Node(d.role, d.gpus * d.count, d.cpus * d.count) for d in demands}
+    per_node = [node for d, node in wanted.items() if d.per_node]
+    in_all = _totals([node for d, node in wanted.items() if not d.per_node])
+    return f"{in_all} and {_totals(per_node)} on each GPU node" if per_node else in_all
+
+
+@dataclass(slots=True)
+class Reservation:
+    """The placement groups that hold a plan, one for each node used, and the bundle of each slot."""
+
+    groups: "list[PlacementGroup]" = field(default_factory=list)
+    bundles: "dict[Slot, tuple[PlacementGroup, int]]" = field(default_factory=dict)
+
+    def strategy(self, slot: Slot) -> "PlacementGroupSchedulingStrategy":
+        """Returns what puts an actor into its slot; good again for the actor that replaces it."""
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        group, index = self.bundles[slot]
+        return PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
+
+    def release(self) -> None:
+        """Gives everything back, ending the actors in it; harmless when called again."""
+        from ray.util.placement_group import remove_placement_group
+
+        while self.groups:
+            remove_placement_group(self.groups.pop())
+
+
+def reserve(plan: Plan, wait_s: float) -> Reservation:
+    """Returns the plan's slots, held for this job on the planned nodes.
+
+    Raises:
+        ConfigError: a node does not give what is planned within `wait_s`, since others hold it or the node is gone.
+    """
+    import ray
+    from ray.util.placement_group import placement_group
+
+    reservation, waiting = Reservation(), {}
+    try:
+        for node in plan.nodes:
+            slots = plan.on_node(node.name)
+            if not slots:
+                continue
+            # A node's address is shared by the nodes of a simulated cluster; its id is its own.
+            selector = [{"ray.io/node-id": node.name}] * len(slots)
+            # Ray fits bundles to GPUs in the order given, so that the order of the plan repeats the plan's fit.
+            group = placement_group([_bundle(slot) for slot in slots], "STRICT_PACK", bundle_label_selector=selector)
+            reservation.groups.append(group)
+            reservation.bundles.update({slot: (group, index) for index, slot in enumerate(slots)})
+            waiting[group.ready()] = slots
+        for ref in ray.wait(list(waiting), num_returns=len(waiting), timeout=wait_s)[0]:
+            del waiting[ref]
+        if waiting:
+            missing = [slot for slots in waiting.values() for slot in slots]
+            raise ConfigError(
+                f"placement.wait_s is {wait_s:g}; {len(missing)} of {_count(len(plan.slots), 'actor')} found no place in "
+                f"that time: {'; '.join(map(_describe, waiting.values()))}. Free what other jobs hold there, or raise it."
+            )
+    except BaseException:
+        reservation.release()
+        raise
+    return reservation
+
+
+def _bundle(slot: Slot) -> dict[str, float]:
+    wanted = {"GPU": slot.gpus, "CPU": slot.cpus}
+    # Ray refuses an empty bundle; one byte holds the place of an actor that asks for nothing.
+    return {name: amount for name, amount in wanted.items() if amount} or {"memory": 1}
+
+
+def _describe(slots: Sequence[Slot]) -> str:
+    return f"{', '.join(f'{s.role} {s.replica}' for s in slots)} on node {slots[0].node} ({_totals(slots)})"

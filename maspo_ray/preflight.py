@@ -1,0 +1,151 @@
+"""What can be checked in the world before anything starts: the model's folder, the data files, the run's folder.
+
+Promise: takes well under a second and starts nothing; imports neither torch, transformers, ray nor vllm. What passes here can
+still fail later, but not for a file that was not there.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from maspo_ray.config import DataConfig, JsonlSource, ModelConfig, RunConfig
+from maspo_ray.data_sources import read_rows
+from maspo_ray.errors import ConfigError
+
+# vLLM 0.32.0, CPUAttentionBackend.get_supported_head_sizes: with another size the engine fails only after its start.
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def preflight(config: RunConfig, resume: bool) -> None:
+    """Checks all that a run needs to find, and reports all faults at once.
+
+    Raises:
+        ConfigError: one line for each fault.
+    """
+    checks: list[Callable[[], None]] = [
+        lambda: check_model(config.model, "cuda" if config.rollout.gpus > 0 else "cpu"),
+        lambda: check_data(config.data),
+        lambda: check_run_dir(config, resume),
+    ]
+    faults = []
+    for check in checks:
+        try:
+            check()
+        except ConfigError as error:
+            faults.append(str(error))
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+def is_hub_id(path: str) -> bool:
+    """Returns whether a model's path names one on a hub, as `org/name` does, and not a folder of this machine."""
+    if path.startswith(("/", "./", "../", "~")) or path.count("/") != 1 or not all(path.split("/")):
+        return False
+    return not Path(path).exists() and not Path(path.split("/")[0]).is_dir()
+
+
+def check_model(model: ModelConfig, device: Literal["cpu", "cuda"]) -> None:
+    """Checks a local model's folder; a hub id is left to whoever fetches it.
+
+    Raises:
+        ConfigError: the folder, its config or its tokenizer is missing, or vLLM's CPU attention cannot run it.
+    """
+    if is_hub_id(model.path):
+        return
+    where, folder = f"model.path is {model.path}", Path(model.path)
+    if not folder.is_dir():
+        remedy = "Write the folder's path in full" if model.path.startswith("~") else "Give a folder, or a hub id org/name"
+        raise ConfigError(f"{where}; there is no such folder. {remedy}.")
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{where}; the folder has no config.json. Give the folder of a Hugging Face model.")
+    # With trust_remote_code the model's own code decides how its tokenizer's files are named.
+    if not model.trust_remote_code and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ConfigError(
+            f"{where}; the folder has no tokenizer ({', '.join(TOKENIZER_FILES)}). Save the model's tokenizer into it."
+        )
+    if device == "cpu":
+        _check_head_size(folder / "config.json", where)
+
+
+def _check_head_size(config_file: Path, where: str) -> None:
+    try:
+        tree = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError:
+        tree = None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{where}; its config.json is not a JSON object. Mend or replace the file.")
+    size = _head_size(tree)
+    if size is not None and size not in CPU_HEAD_SIZES:
+        raise ConfigError(
+            f"{where}; its attention heads are of size {size}, but vLLM on CPU takes only "
+            f"{', '.join(map(str, CPU_HEAD_SIZES))}. Take a model with one of these, or set rollout.gpus to 1."
+        )
+
+
+def _head_size(tree: dict[str, Any]) -> int | None:
+    """Returns the size of an attention head, None where the config does not say."""
+    nested = tree.get("text_config")
+    for section in (nested, tree) if isinstance(nested, dict) else (tree,):
+        if isinstance(section.get("head_dim"), int):
+            return section["head_dim"]
+        hidden, heads = section.get("hidden_size"), section.get("num_attention_heads")
+        if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+            return hidden // heads
+    return None
+
+
+def check_data(data: DataConfig) -> None:
+    """Reads the jsonl files through; other sources are checked when they are loaded.
+
+    Raises:
+        ConfigError: a file is missing or a line of it is at fault.
+    """
+    for field, source in (("data.train", data.train), ("data.eval", data.eval)):
+        if isinstance(source, JsonlSource):
+            read_rows(source, field)
+
+
+def check_run_dir(config: RunConfig, resume: bool) -> None:
+    """Checks that the run's folder holds no other run.
+
+    Raises:
+        ConfigError: it does, or `resume` asks for what is not there yet.
+    """
+    run_dir = config.run_dir
+    if resume:
+        saved = _newest_model(run_dir)
+        remedy = f"with --model.path {saved} and another --run_dir" if saved else "without --resume"
+        raise ConfigError(f"--resume is given; resuming is not supported yet. Start a new run {remedy}.")
+    where = f"run_dir is {run_dir}"
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError(f"{where}; it is a file. Give a new run_dir.")
+    if any((run_dir / name).exists() for name in ("metrics.jsonl", "final", "config.yaml")):
+        kind = "a finished" if _is_finished(run_dir) else "an unfinished"
+        raise ConfigError(f"{where}; it already holds {kind} run. Give a new run_dir or remove it.")
+
+
+def _is_finished(run_dir: Path) -> bool:
+    """Whether a run came to its last step; one that was interrupted writes a summary too, which says so."""
+    if (run_dir / "final").exists():
+        return True
+    try:
+        return not json.loads((run_dir / "summary.json").read_text()).get("interrupted", False)
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _newest_model(run_dir: Path) -> Path | None:
+    """Returns the folder of the model that a run saved last, None if it saved none."""
+    if (run_dir / "final" / "config.json").is_file():
+        return run_dir / "final"
+    saved = [folder.parent for folder in run_dir.glob("checkpoints/*/config.json")]
+    return max(saved, key=_step_of, default=None)
+
+
+def _step_of(folder: Path) -> int:
+    digits = re.findall(r"\d+", folder.name)
+    return int(digits[-1]) if digits else -1

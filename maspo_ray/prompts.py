@@ -1,0 +1,165 @@
+"""Rows → prompts, tokenised once, and an endless stream of them.
+
+Promise: a prompt's token ids are made once, here; no later part tokenises. The stream depends on its seed and on how many
+prompts were drawn alone, so that a restored one goes on with exactly what the saved one would have given. It never ends.
+
+How a prompt becomes ids. With `data.chat_template`: by the tokenizer's chat template, up to where the assistant's turn begins. Without:
+the text by the tokenizer's defaults, so with a BOS where the model was trained with one, but never with an EOS at its end, behind
+which a model has nothing to say.
+"""
+
+import logging
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from maspo_ray.config import DataConfig, DataSource
+from maspo_ray.data_sources import Message, Row, read_rows
+from maspo_ray.errors import ConfigError
+from maspo_ray.experience import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
+
+
+class LoadedPrompts(list[Prompt]):
+    """The prompts of a source, in its order.
+
+    Attributes:
+        num_too_long: rows left out because they are longer than `data.max_prompt_tokens`.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], num_too_long: int) -> None:
+        super().__init__(prompts)
+        self.num_too_long = num_too_long
+
+
+def load_prompts(
+    source: DataSource, data: DataConfig, tokenizer: "PreTrainedTokenizerBase", field: str
+) -> LoadedPrompts:
+    """Returns the prompts of a source, at least one, tokenised.
+
+    Args:
+        field: the source's key in the config: `data.train` or `data.eval`.
+
+    Raises:
+        ConfigError: the data is at fault, the tokenizer has no chat template, or every prompt is too long.
+    """
+    rows = read_rows(source, field)
+    token_ids = _chat_ids(rows, data, tokenizer, field) if data.chat_template else _plain_ids(rows, tokenizer, field)
+    prompts = [
+        Prompt(row.row_id, row.text, np.array(ids, dtype=np.int32), row.answer, row.metadata)
+        for row, ids in zip(rows, token_ids, strict=True)
+        if len(ids) <= data.max_prompt_tokens
+    ]
+    if not prompts:
+        raise ConfigError(
+            f"data.max_prompt_tokens is {data.max_prompt_tokens}; every prompt of {field} is longer, the shortest has "
+            f"{min(map(len, token_ids))} tokens. Raise it."
+        )
+    num_too_long = len(rows) - len(prompts)
+    if num_too_long:
+        _log.warning(
+            "%s: left out %d of %d prompts, which are longer than data.max_prompt_tokens (%d).",
+            field,
+            num_too_long,
+            len(rows),
+            data.max_prompt_tokens,
+        )
+    return LoadedPrompts(prompts, num_too_long)
+
+
+def _plain_ids(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", field: str) -> list[list[int]]:
+    texts = [row.prompt for row in rows if isinstance(row.prompt, str)]
+    if len(texts) < len(rows):
+        row = next(row for row in rows if not isinstance(row.prompt, str))
+        raise ConfigError(
+            f"data.chat_template is False; {field} holds chat messages (row {row.row_id}), which need it. Set it to true."
+        )
+    encoded = tokenizer(texts)["input_ids"]
+    return [list(ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids) for ids in encoded]
+
+
+def _chat_ids(
+    rows: Sequence[Row], data: DataConfig, tokenizer: "PreTrainedTokenizerBase", field: str
+) -> list[list[int]]:
+    from jinja2 import TemplateError
+
+    if tokenizer.chat_template is None:
+        raise ConfigError(
+            "data.chat_template is True; the model's tokenizer has no chat template. Set it to false, or take a model that has."
+        )
+    conversations = [_messages(row.prompt, data.system_prompt) for row in rows]
+    try:
+        # return_dict: since transformers 5 the default is a dictionary with the attention mask.
+        return tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=False)
+    except TemplateError as error:
+        raise ConfigError(
+            f"data.chat_template is True; the tokenizer's template refuses the messages of {field}: {error}. "
+            "Change the messages or data.system_prompt."
+        ) from None
+
+
+def _messages(prompt: str | list[Message], system_prompt: str | None) -> list[Message]:
+    """Returns the conversation to ask; messages that begin with a system message keep their own."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if system_prompt is None or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system_prompt}, *messages]
+
+
+class PromptStream:
+    """Gives prompts without end, each once in every epoch."""
+
+    def __init__(self, prompts: Sequence[Prompt], *, shuffle: bool, seed: int) -> None:
+        """Args:
+        prompts: at least one.
+        shuffle: a new order in every epoch, by the seed and the epoch; otherwise always the data's own.
+        """
+        assert prompts, "a stream needs a prompt"
+        self._prompts = prompts
+        self._shuffle = shuffle
+        self._seed = seed
+        self._drawn = 0
+        self._order = self._order_of(0)
+
+    @property
+    def epoch(self) -> int:
+        """How many times all prompts have been given."""
+        return self._drawn // len(self._prompts)
+
+    def next(self) -> Prompt:
+        """Returns the next prompt."""
+        position = self._drawn % len(self._prompts)
+        if position == 0:
+            self._order = self._order_of(self.epoch)
+        self._drawn += 1
+        return self._prompts[self._order[position]]
+
+    def state(self) -> dict[str, int | bool]:
+        """Returns what `restore` needs, as JSON can hold it."""
+        return {"drawn": self._drawn, "num_prompts": len(self._prompts), "seed": self._seed, "shuffle": self._shuffle}
+
+    def restore(self, state: dict[str, int | bool]) -> None:
+        """Goes on where the stream stood whose `state` this is.
+
+        Raises:
+            ConfigError: that stream was over other prompts or in another order, so there is no such place in this one.
+        """
+        own = self.state()
+        for name, key in (("num_prompts", "data.train"), ("seed", "seed"), ("shuffle", "data.shuffle")):
+            if state[name] != own[name]:
+                shown = f"{own[name]} prompts" if name == "num_prompts" else own[name]
+                raise ConfigError(f"{key} is {shown}; the saved run had {state[name]}. Resume with the config it was saved with.")
+        self._drawn = int(state["drawn"])
+        self._order = self._order_of(self.epoch)
+
+    def _order_of(self, epoch: int) -> list[int]:
+        order = list(range(len(self._prompts)))
+        if self._shuffle:
+            random.Random(f"{self._seed}/{epoch}").shuffle(order)
+        return order

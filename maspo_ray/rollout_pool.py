@@ -1,0 +1,94 @@
+"""Prompts → rollouts: each completion goes to a reward actor the moment it is there.
+
+Promise: handles references and small facts, never tokens; a group's samples go to one engine, the one with the fewest outstanding
+tokens, so that they share the prompt's prefill; a reward that fails costs its own completion, and too many of them end the run.
+"""
+
+import asyncio
+import itertools
+from collections import deque
+from collections.abc import Sequence
+from time import monotonic
+from typing import Any
+
+from maspo_ray.errors import RunError
+from maspo_ray.experience import CompletionFacts, Outcome, Rollout, Verdict
+from maspo_ray.fleet import named
+from maspo_ray.idle import IdleMeter
+
+_WINDOW = 256
+_FEWEST_TO_JUDGE = 32
+
+
+class ErrorWatch:
+    """Counts completions that could not be scored; raises when they are too large a share of the last 256."""
+
+    def __init__(self, max_error_rate: float) -> None:
+        self._max_error_rate = max_error_rate
+        self._recent: deque[bool] = deque(maxlen=_WINDOW)
+        self._first_cause: str | None = None
+        self.errors = 0
+
+    def add(self, verdict: Verdict) -> None:
+        failed = verdict.outcome is not Outcome.SCORED
+        self._recent.append(failed)
+        if not failed:
+            return
+        self.errors += 1
+        self._first_cause = self._first_cause or verdict.cause
+        share = sum(self._recent) / len(self._recent)
+        if len(self._recent) >= _FEWEST_TO_JUDGE and share > self._max_error_rate:
+            raise RunError(
+                f"{sum(self._recent)} of the last {len(self._recent)} completions could not be scored, more than "
+                f"reward.max_error_rate ({self._max_error_rate:g}) allows; the first cause was: {self._first_cause}. "
+                "Mend the reward, or raise reward.max_error_rate."
+            )
+
+
+class RolloutPool:
+    """Sends prompts to rollout actors and completions to reward actors."""
+
+    def __init__(self, rollout: Sequence[Any], reward: Sequence[Any], errors: ErrorWatch) -> None:
+        self._rollout = list(rollout)
+        self._reward = itertools.cycle(reward)
+        self._errors = errors
+        self._outstanding_tokens = [0] * len(self._rollout)
+        self.idle = IdleMeter(len(self._rollout), monotonic())
+        self.tokens_generated = 0
+
+    async def sample(
+        self, prompt: Any, prompt_tokens: int, *, temperature: float, max_new_tokens: int, seeds: Sequence[int | None]
+    ) -> tuple[Rollout, ...]:
+        """Returns a rollout for each seed, all of one prompt.
+
+        Args:
+            prompt: refers to the `Prompt`.
+            seeds: of the sampling; None leaves it to the engine.
+        """
+        engine = min(range(len(self._rollout)), key=self._outstanding_tokens.__getitem__)
+        cost = prompt_tokens + max_new_tokens
+        self._outstanding_tokens[engine] += cost * len(seeds)
+
+        async def one(seed: int | None) -> Rollout:
+            self.idle.started(engine, monotonic())
+            try:
+                payload, facts = (
+                    self._rollout[engine]
+                    .generate.options(num_returns=2)
+                    .remote(prompt, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
+                )
+                known: CompletionFacts = await named(f"rollout/{engine} failed to generate", facts)
+            finally:
+                self._outstanding_tokens[engine] -= cost
+                self.idle.finished(engine, monotonic())
+            self.tokens_generated += known.num_tokens
+            return Rollout(payload, known, await self._score(prompt, payload))
+
+        async with asyncio.TaskGroup() as samples:
+            tasks = [samples.create_task(one(seed)) for seed in seeds]
+        return tuple(task.result() for task in tasks)
+
+    async def _score(self, prompt: Any, payload: Any) -> Verdict:
+        verdict: Verdict = (await named("reward failed", next(self._reward).score.remote(prompt, payload)))[0]
+        self._errors.add(verdict)
+        return verdict

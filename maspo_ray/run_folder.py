@@ -1,0 +1,63 @@
+"""RUN_DIR: what a run writes down, one place for its names.
+
+Promise: a line is on its way to the disk when it is written; the folder's columns are those of the design. Decides nothing.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+
+from maspo_ray.config import RunConfig
+from maspo_ray.metrics import JsonlSink, JsonlWriter, MetricSink, TensorBoardSink
+from maspo_ray.summary import RunSummary
+
+
+class RunFolder:
+    """The open files of one run."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.path = config.run_dir
+        self.path.mkdir(parents=True, exist_ok=True)
+        resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        (self.path / "config.yaml").write_text(resolved)
+        self._metrics: list[MetricSink] = [JsonlSink(self.path / "metrics.jsonl")]
+        if config.logging.tensorboard:
+            self._metrics.append(TensorBoardSink(self.path / "tensorboard"))
+        self._ledger = JsonlWriter(self.path / "ledger.jsonl")
+        self._eval = JsonlWriter(self.path / "eval.jsonl")
+
+    def checkpoint(self, step: int) -> Path:
+        """Returns the folder of the model that is saved after a step."""
+        return self.path / "checkpoints" / f"step_{step:06d}"
+
+    @property
+    def final(self) -> Path:
+        return self.path / "final"
+
+    def write_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        for sink in self._metrics:
+            sink.write(step, metrics)
+
+    def write_ledger(self, row: Mapping[str, object]) -> None:
+        self._ledger.write(row)
+
+    def write_eval(self, row: Mapping[str, object]) -> None:
+        self._eval.write(row)
+
+    def saved(self) -> tuple[str, ...]:
+        """Returns what the folder holds that a user would look for, relative to it."""
+        names = ["metrics.jsonl", "ledger.jsonl", "eval.jsonl", "curves.png", "final"]
+        checkpoints = sorted(self.path.glob("checkpoints/step_*"))[-1:]
+        found = [self.path / name for name in names if (self.path / name).exists()]
+        return tuple(str(path.relative_to(self.path)) for path in found + checkpoints)
+
+    def write_summary(self, summary: RunSummary) -> None:
+        (self.path / "summary.json").write_text(json.dumps(summary.to_dict(), indent=2) + "\n")
+
+    def close(self) -> None:
+        for sink in self._metrics:
+            sink.close()
+        self._ledger.close()
+        self._eval.close()

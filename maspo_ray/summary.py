@@ -1,0 +1,127 @@
+"""What a run came to: for the caller, for `summary.json`, and as text for people.
+
+Promise: pure; nothing is measured or written here. What was not measured is None or NaN, and reads so; it is never a 0.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+
+from maspo_ray.metrics import json_value
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """What a run came to.
+
+    Attributes:
+        run_dir: the run's folder.
+        steps: optimizer steps done.
+        accuracy_before: held-out, before training; accuracy_after, at the end. None without an evaluation.
+        reward_first: mean over the first tenth of the steps; reward_last, over the last tenth.
+        staleness_mean: versions that the oldest tokens of trained groups were behind; staleness_max, at most.
+        max_staleness: the bound that `staleness_max` is held to.
+        learner_wait_share: of the run's wall time; rollout_idle_share likewise, mean over engines.
+        groups: submitted, trained, filtered, stale, failed.
+        parity_max: largest |Δ log-prob| between learner and rollout engine.
+        errors: completions that could not be scored.
+        interrupted: whether the run ended before its last step.
+        saved: paths relative to the run's folder.
+    """
+
+    run_dir: str
+    steps: int
+    accuracy_before: float | None
+    accuracy_after: float | None
+    eval_set: str
+    reward_first: float
+    reward_last: float
+    staleness_mean: float
+    staleness_max: float
+    max_staleness: int
+    learner_wait_share: float
+    rollout_idle_share: float
+    groups: dict[str, int]
+    tokens_generated: int
+    tokens_trained: int
+    parity_max: float
+    wall_s: float
+    errors: int
+    interrupted: bool
+    saved: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, object]:
+        """Returns the fields as JSON can hold them; what was not measured is None."""
+        return {name: json_value(value) for name, value in asdict(self).items()}
+
+
+def duration_text(seconds: float) -> str:
+    """Returns a duration as people say it: `8 s`, `12 min 30 s`, `3 h 05 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def percent_text(share: float | None) -> str:
+    return "not measured" if share is None or math.isnan(share) else f"{100 * share:.1f} %"
+
+
+def summary_text(summary: RunSummary) -> str:
+    """Returns the lines that a run ends with."""
+    ending = "interrupted after" if summary.interrupted else "finished:"
+    rows = [
+        (f"accuracy ({summary.eval_set})", _accuracy_text(summary)),
+        ("reward", _reward_text(summary)),
+        ("groups", _groups_text(summary.groups)),
+        ("staleness", _staleness_text(summary)),
+        ("waiting", _waiting_text(summary)),
+        ("tokens", _tokens_text(summary)),
+        ("parity", f"largest |Δ log-prob| learner to rollout engine: {_number(summary.parity_max, '.2g')}"),
+    ]
+    if summary.errors:
+        rows.append(("not scored", f"{summary.errors:,} completions (errors and timeouts of the reward; left out)"))
+    rows.append(("saved", ", ".join(summary.saved) or "nothing"))
+    width = max(len(name) for name, _ in rows)
+    first = f"Run {ending} {summary.steps:,} steps in {duration_text(summary.wall_s)}, in {summary.run_dir}"
+    return "\n".join([first, *(f"  {name:<{width}}  {text}" for name, text in rows)])
+
+
+def _number(value: float, spec: str) -> str:
+    return "not measured" if math.isnan(value) else format(value, spec)
+
+
+def _accuracy_text(summary: RunSummary) -> str:
+    before, after = summary.accuracy_before, summary.accuracy_after
+    if before is None and after is None:
+        return "not measured"
+    text = f"{percent_text(before)} → {percent_text(after)}"
+    return text if before is None or after is None else f"{text} ({100 * (after - before):+.1f} points)"
+
+
+def _reward_text(summary: RunSummary) -> str:
+    first, last = _number(summary.reward_first, ".3f"), _number(summary.reward_last, ".3f")
+    return f"{first} → {last} (means of the first and the last tenth of the steps)"
+
+
+def _groups_text(groups: dict[str, int]) -> str:
+    ends = " + ".join(f"{count:,} {name}" for name, count in groups.items() if name != "submitted")
+    return f"{groups['submitted']:,} submitted = {ends}"
+
+
+def _staleness_text(summary: RunSummary) -> str:
+    mean, most = _number(summary.staleness_mean, ".2f"), _number(summary.staleness_max, "g")
+    return f"mean {mean}, max {most} versions behind (bound {summary.max_staleness})"
+
+
+def _waiting_text(summary: RunSummary) -> str:
+    learner, engines = percent_text(summary.learner_wait_share), percent_text(summary.rollout_idle_share)
+    return f"learner {learner} of the time, rollout engines {engines}"
+
+
+def _tokens_text(summary: RunSummary) -> str:
+    text = f"{summary.tokens_generated:,} generated, {summary.tokens_trained:,} trained"
+    return (
+        f"{text} ({summary.tokens_generated / summary.wall_s:,.0f} generated a second)" if summary.wall_s > 0 else text
+    )

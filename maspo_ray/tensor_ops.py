@@ -1,0 +1,123 @@
+"""Masked sums, KL estimates, and token log-probs from hidden states.
+
+Promise: sums and per-token values only, the caller divides; half-precision inputs are worked on in float32 (float64 stays
+float64); what a mask leaves out cannot reach a result or a gradient; `[tokens, vocab]` logits never exist whole, neither in
+the forward nor in the backward pass.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from maspo_ray.errors import ConfigError
+
+KLEstimator = Literal["k1", "k2", "k3"]
+
+MAX_LOG_RATIO = 20.0
+"""Bound of log-ratios before `exp`: e^20 is 4.9e8, whose square still fits float32."""
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """Returns the dtype that logarithms and exponentials of `tensor` are taken in: float64 for float64, else float32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
+    """Returns the sum of `values` where `mask` holds, a scalar of at least float32.
+
+    The values are selected, not multiplied, so that a NaN under the mask does not leak. Where nothing is selected the sum is
+    a 0 that has a gradient, so that a rank without tokens still takes part in the backward pass.
+
+    Args:
+        values: [tokens].
+        mask: [tokens] bool.
+    """
+    return torch.where(mask, values, 0).sum(dtype=compute_dtype(values))
+
+
+def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, estimator: KLEstimator) -> Tensor:
+    """Returns [tokens] estimates of KL(policy || reference) from tokens that the policy sampled.
+
+    With r = π_ref / π (Schulman, "Approximating KL divergence", 2020):
+    k1 = −log r (unbiased, can be negative), k2 = ½ (log r)² (biased, at least 0), k3 = r − 1 − log r (unbiased, at least 0).
+    As terms of a loss on policy, k2's expected gradient is that of this KL, k3's that of KL(reference || policy), k1's is 0.
+
+    In k3 log r is bounded above, where `exp` would overflow, in both places it occurs: bounded in `exp` alone, the term that
+    is left would push the policy away from the reference.
+
+    Args:
+        logprobs: [tokens], of the current policy; carries the gradient.
+        reference_logprobs: [tokens], treated as constant.
+    """
+    dtype = compute_dtype(logprobs)
+    log_ratio = reference_logprobs.detach().to(dtype) - logprobs.to(dtype)
+    if estimator == "k1":
+        return -log_ratio
+    if estimator == "k2":
+        return 0.5 * log_ratio.square()
+    if estimator == "k3":
+        bounded = log_ratio.clamp(max=MAX_LOG_RATIO)
+        return torch.expm1(bounded) - bounded
+    raise ConfigError(f"kl.estimator is {estimator}; it must be k1, k2 or k3. Set one of them.")
+
+
+def chunked_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float,
+    chunk_tokens: int = 1024,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Returns the log-probs of `targets` and the entropy of each token's distribution, both [tokens] float32.
+
+    The logits of `chunk_tokens` tokens at a time are computed, in the dtype of `weight` as the rollout engine does, and
+    again in the backward pass. Log-probs carry gradients to `hidden`, `weight` and `bias`; the entropy, a metric, none.
+
+    Args:
+        hidden: [tokens, d], the model's last hidden states, each at the position that predicts its target.
+        weight: [vocab, d], of the output embedding.
+        targets: [tokens] int64.
+        temperature: divides the logits, as in sampling.
+        bias: [vocab], of the output embedding.
+
+    Raises:
+        ConfigError: the temperature is not above 0, or the chunk has no tokens.
+    """
+    if not temperature > 0:
+        raise ConfigError(f"temperature is {temperature}; log-probs need one above 0. Set rollout.temperature to 1.0.")
+    if chunk_tokens < 1:
+        raise ConfigError(f"chunk_tokens is {chunk_tokens}; it must be at least 1. Raise it.")
+    logprobs, entropies = [], []
+    # A batch without tokens still takes one (empty) chunk, so that its result is part of the graph.
+    for start in range(0, max(len(targets), 1), chunk_tokens):
+        stop = start + chunk_tokens
+        chunk = checkpoint(
+            _chunk_logprobs,
+            hidden[start:stop],
+            weight,
+            bias,
+            targets[start:stop],
+            temperature,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        logprobs.append(chunk[0])
+        entropies.append(chunk[1])
+    return torch.cat(logprobs), torch.cat(entropies)
+
+
+def _chunk_logprobs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    logits = F.linear(hidden, weight, bias)
+    logits = logits.to(compute_dtype(logits)) / temperature
+    logprobs = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - torch.logsumexp(logits, dim=-1)
+    # The entropy comes last: recomputation in the backward pass ends before it. `entr` takes 0 log 0 as 0, which a
+    # vocabulary with logits of -inf needs.
+    with torch.no_grad():
+        entropy = torch.special.entr(torch.softmax(logits, dim=-1)).sum(dim=-1)
+    return logprobs, entropy

@@ -1,0 +1,10 @@
+"""Versioned publishing of the learner's weights to the rollout engines, on vLLM's own weight-transfer API."""
+
+from typing import Literal
+
+Backend = Literal["nccl", "gloo"]
+
+
+def backend_for(gpus: float) -> Backend:
+    """Returns the transfer backend of actors with so many GPUs each; the only place that chooses by device."""
+    return "nccl" if gpus > 0 else "gloo"

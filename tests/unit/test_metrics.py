@@ -1,0 +1,149 @@
+"""Reductions by hand, files read back, and the idle share by hand."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from maspo_ray.idle import IdleMeter
+from maspo_ray.metrics import JsonlSink, JsonlWriter, StepMetrics, TensorBoardSink, json_value
+
+
+def test_metrics_mean_is_weighted() -> None:
+    metrics = StepMetrics()
+    metrics.add("gate", 1.0, weight=3)
+    metrics.add("gate", 0.5, weight=1)
+    assert metrics.reduce() == {"gate": (3 * 1.0 + 1 * 0.5) / 4}
+
+
+def test_metrics_each_reduction_does_as_it_says() -> None:
+    metrics = StepMetrics()
+    for value in (2.0, 5.0, 3.0):
+        metrics.add("mean", value)
+        metrics.add("sum", value, reduction="sum")
+        metrics.add("max", value, reduction="max")
+        metrics.add("last", value, reduction="last")
+    assert metrics.reduce() == {"mean": 10 / 3, "sum": 10.0, "max": 5.0, "last": 3.0}
+
+
+def test_metrics_max_of_negative_values_is_negative() -> None:
+    metrics = StepMetrics()
+    metrics.add("low", -2.0, reduction="max")
+    assert metrics.reduce() == {"low": -2.0}
+
+
+def test_metrics_mean_over_no_weight_is_nan_and_adds_nothing_to_others() -> None:
+    metrics = StepMetrics()
+    metrics.add("gate", math.nan, weight=0)
+    assert math.isnan(metrics.reduce()["gate"])
+    metrics.add("gate", 0.5, weight=2)
+    assert metrics.reduce() == {"gate": 0.5}
+
+
+@pytest.mark.parametrize("values", [(math.nan, 1.0), (1.0, math.nan)])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "max"])
+def test_metrics_nan_is_never_hidden(values: tuple[float, float], reduction: str) -> None:
+    metrics = StepMetrics()
+    for value in values:
+        metrics.add("x", value, reduction=reduction)  # type: ignore[arg-type]
+    assert math.isnan(metrics.reduce()["x"])
+
+
+def test_metrics_second_reduction_of_a_name_is_refused() -> None:
+    metrics = StepMetrics()
+    metrics.add("tokens", 3.0, reduction="sum")
+    with pytest.raises(AssertionError, match="tokens was added as a mean; it is a sum"):
+        metrics.add("tokens", 3.0)
+
+
+def test_metrics_weight_of_a_sum_is_refused() -> None:
+    with pytest.raises(AssertionError, match="a sum has no weights"):
+        StepMetrics().add("tokens", 3.0, weight=2, reduction="sum")
+
+
+def test_jsonl_sink_writes_a_line_a_step_and_null_for_nan(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "metrics.jsonl"
+    sink = JsonlSink(path)
+    sink.write(1, {"version": 1, "reward/mean": 0.25, "parity/max": math.nan})
+    # Read before it is closed: a run that is killed has its lines.
+    assert path.read_text() == '{"step": 1, "version": 1, "reward/mean": 0.25, "parity/max": null}\n'
+    sink.write(2, {"reward/mean": math.inf})
+    sink.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()][1] == {"step": 2, "reward/mean": None}
+
+
+def test_jsonl_sink_column_named_step_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="the sink's own"):
+        JsonlSink(tmp_path / "metrics.jsonl").write(1, {"step": 2.0})
+
+
+def test_jsonl_writer_opened_again_goes_on_after_what_is_there(tmp_path: Path) -> None:
+    path = tmp_path / "eval.jsonl"
+    for step in (0, 1):
+        writer = JsonlWriter(path)
+        writer.write({"step": step, "set": "prüfung"})
+        writer.close()
+    assert path.read_text(encoding="utf-8") == '{"step": 0, "set": "prüfung"}\n{"step": 1, "set": "prüfung"}\n'
+
+
+def test_json_value_nested_nan_becomes_none() -> None:
+    assert json_value({"a": [1, math.nan, {"b": (-math.inf, "x")}]}) == {"a": [1, None, {"b": [None, "x"]}]}
+
+
+def test_tensorboard_sink_scalars_are_read_back_without_nan(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    sink = TensorBoardSink(tmp_path)
+    sink.write(1, {"reward/mean": 0.25, "parity/max": math.nan})
+    sink.write(2, {"reward/mean": 0.5, "parity/max": 0.125})
+    sink.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("reward/mean")] == [(1, 0.25), (2, 0.5)]
+    assert [(event.step, event.value) for event in events.Scalars("parity/max")] == [(2, 0.125)]
+
+
+def test_idle_share_of_an_engine_with_one_request_is_the_rest_of_the_time() -> None:
+    meter = IdleMeter(1, now=100.0)
+    meter.started(0, now=102.0)
+    meter.finished(0, now=107.0)
+    # Idle 100-102 and 107-110, of 10 s.
+    assert meter.take_idle_share(now=110.0) == pytest.approx((2 + 3) / 10)
+
+
+def test_idle_share_with_overlapping_requests_counts_none_outstanding_only() -> None:
+    meter = IdleMeter(1, now=0.0)
+    meter.started(0, now=1.0)
+    meter.started(0, now=2.0)
+    meter.finished(0, now=3.0)
+    meter.finished(0, now=6.0)
+    # Busy 1-6, of 8 s.
+    assert meter.take_idle_share(now=8.0) == pytest.approx((1 + 2) / 8)
+
+
+def test_idle_share_is_the_mean_over_engines() -> None:
+    meter = IdleMeter(2, now=0.0)
+    meter.started(0, now=0.0)
+    meter.started(1, now=3.0)
+    # Engine 0 is never idle; engine 1 is idle 3 of 4 s.
+    assert meter.take_idle_share(now=4.0) == pytest.approx((0 / 4 + 3 / 4) / 2)
+
+
+def test_idle_share_second_take_counts_from_the_first() -> None:
+    meter = IdleMeter(2, now=0.0)
+    meter.started(0, now=0.0)
+    meter.take_idle_share(now=10.0)
+    meter.finished(0, now=12.0)
+    meter.started(1, now=11.0)
+    # Engine 0: busy 10-12, idle 12-14; engine 1: idle 10-11.
+    assert meter.take_idle_share(now=14.0) == pytest.approx((2 / 4 + 1 / 4) / 2)
+
+
+def test_idle_share_of_no_time_is_nan() -> None:
+    assert math.isnan(IdleMeter(1, now=5.0).take_idle_share(now=5.0))
+
+
+def test_idle_meter_finish_without_start_is_refused() -> None:
+    with pytest.raises(AssertionError, match="engine 1 finished a request; it has none"):
+        IdleMeter(2, now=0.0).finished(1, now=1.0)
