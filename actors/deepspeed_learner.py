@@ -104,7 +104,8 @@ class DeepSpeedLearner:
             raise RunError(f"the loss is {metrics['loss']}; the step was not applied. Lower learner.lr or see the ratios.")
         metrics["learner/lr"] = float(self._engine.get_lr()[0])
         self._engine.step()
-        metrics["learner/grad_norm"] = float(self._engine.get_global_grad_norm() or 0.0)
+        if (norm := self._engine.get_global_grad_norm()) is not None:
+            metrics["learner/grad_norm"] = float(norm)
         metrics["time/train_s"] = perf_counter() - started
         return metrics
 

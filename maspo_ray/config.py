@@ -173,7 +173,7 @@ class LearnerConfig(RoleConfig):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = Field(0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    zero_stage: Literal[0, 1, 2, 3] = 0
+    zero_stage: Literal[0, 1, 2, 3] = 1
     max_tokens_per_micro_batch: int = Field(16384, ge=1)
     """Upper bound of a micro-batch's prompt, completion and padding tokens."""
     gradient_checkpointing: bool = False

@@ -5,6 +5,7 @@ names the config's key, and the line where there is one. Knows no tokenizer. The
 when a source of their kind is read.
 """
 
+import difflib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -116,7 +117,9 @@ def _reasoning_gym_rows(source: ReasoningGymSource, field: str) -> list[Row]:
     from reasoning_gym.factory import DATASETS
 
     if source.task not in DATASETS:
-        raise ConfigError(f"{field}.task is {source.task}; reasoning-gym has no such task. {_nearest(source.task, DATASETS)}")
+        raise ConfigError(
+            f"{field}.task is {source.task}; reasoning-gym has no such task. {_nearest(source.task, DATASETS)}"
+        )
     try:
         dataset = reasoning_gym.create_dataset(source.task, size=source.size, seed=source.seed, **source.args)
     except (TypeError, ValueError, AttributeError, AssertionError) as error:
@@ -133,8 +136,6 @@ def _reasoning_gym_rows(source: ReasoningGymSource, field: str) -> list[Row]:
 
 
 def _nearest(name: str, names: Mapping[str, object]) -> str:
-    import difflib
-
     near = difflib.get_close_matches(name, names, n=1)
     return f"Did you mean {near[0]}?" if near else "Name one that it has, such as chain_sum."
 

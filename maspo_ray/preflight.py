@@ -58,7 +58,9 @@ def check_model(model: ModelConfig, device: Literal["cpu", "cuda"]) -> None:
         return
     where, folder = f"model.path is {model.path}", Path(model.path)
     if not folder.is_dir():
-        remedy = "Write the folder's path in full" if model.path.startswith("~") else "Give a folder, or a hub id org/name"
+        remedy = (
+            "Write the folder's path in full" if model.path.startswith("~") else "Give a folder, or a hub id org/name"
+        )
         raise ConfigError(f"{where}; there is no such folder. {remedy}.")
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{where}; the folder has no config.json. Give the folder of a Hugging Face model.")

@@ -11,7 +11,7 @@ which a model has nothing to say.
 import logging
 import random
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -96,12 +96,13 @@ def _chat_ids(
     conversations = [_messages(row.prompt, data.system_prompt) for row in rows]
     try:
         # return_dict: since transformers 5 the default is a dictionary with the attention mask.
-        return tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=False)
+        encoded = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=False)
     except TemplateError as error:
         raise ConfigError(
             f"data.chat_template is True; the tokenizer's template refuses the messages of {field}: {error}. "
             "Change the messages or data.system_prompt."
         ) from None
+    return cast(list[list[int]], encoded)
 
 
 def _messages(prompt: str | list[Message], system_prompt: str | None) -> list[Message]:
@@ -154,7 +155,9 @@ class PromptStream:
         for name, key in (("num_prompts", "data.train"), ("seed", "seed"), ("shuffle", "data.shuffle")):
             if state[name] != own[name]:
                 shown = f"{own[name]} prompts" if name == "num_prompts" else own[name]
-                raise ConfigError(f"{key} is {shown}; the saved run had {state[name]}. Resume with the config it was saved with.")
+                raise ConfigError(
+                    f"{key} is {shown}; the saved run had {state[name]}. Resume with the config it was saved with."
+                )
         self._drawn = int(state["drawn"])
         self._order = self._order_of(self.epoch)
 

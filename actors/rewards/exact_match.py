@@ -20,7 +20,9 @@ def answer_regex(pattern: str, key: str) -> re.Pattern[str]:
     except re.error as error:
         raise ConfigError(f"{key} is {pattern!r}; it is not a regular expression ({error}). Mend it.") from None
     if regex.groups != 1:
-        raise ConfigError(f"{key} is {pattern!r}; it has {regex.groups} groups, it needs one, around the answer. Mend it.")
+        raise ConfigError(
+            f"{key} is {pattern!r}; it has {regex.groups} groups, it needs one, around the answer. Mend it."
+        )
     return regex
 
 

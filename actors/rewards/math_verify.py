@@ -37,7 +37,9 @@ class MathVerifyReward:
 
         gold = _parse(_as_formula(_gold_text(prompt.answer)))
         if not gold:
-            raise ValueError(f"prompt {prompt.prompt_id} has the answer {prompt.answer!r}, which math-verify cannot read")
+            raise ValueError(
+                f"prompt {prompt.prompt_id} has the answer {prompt.answer!r}, which math-verify cannot read"
+            )
         verdicts = []
         for completion in completions:
             said = last_answer(ANSWER_TAGS, completion.text)

@@ -69,6 +69,6 @@ def _score(scorer: Scorer, answer: str | None, entry: dict[str, Any]) -> float:
     """
     try:
         return float(scorer(answer, entry))
-    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, SyntaxError):
+    except (ValueError, TypeError, LookupError, ArithmeticError, SyntaxError):
         scorer(entry["answer"], entry)
         return 0.0

@@ -9,7 +9,8 @@ from maspo_ray.testing import check_reward_actor, make_prompt
 def test_digits_reward_grades_right_wrong_and_no_number() -> None:
     prompt = make_prompt("37+48=", answer="85")
     check_reward_actor(
-        DigitsReward(), [(prompt, "85", 1.0), (prompt, " 85\n", 1.0), (prompt, "58", 0.1), (prompt, "8+5", 0.0), (prompt, "", 0.0)]
+        DigitsReward(),
+        [(prompt, "85", 1.0), (prompt, " 85\n", 1.0), (prompt, "58", 0.1), (prompt, "8+5", 0.0), (prompt, "", 0.0)],
     )
 
 

@@ -1,9 +1,9 @@
-"""Makes what the quickstart needs, once: the task's prompts, and a tiny model that has seen a little of the task.
+"""Makes what the quickstart needs, once: the task's prompts, and a tiny model that has learned the task from careless examples.
 
 The task is to add two numbers of two digits: prompt `37+48=`, answer `85`. Every eighth pair of numbers is held out: neither the
-warm-up nor the training ever sees it. The model is a Llama of about a million parameters with one token for each character;
-the warm-up is some hundreds of supervised steps, until it answers a quarter of the training prompts right, so that there is a
-reward to learn from.
+warm-up nor the training ever sees it. The model is a Llama of 0.8M parameters with one token for each character. The warm-up is
+600 supervised steps on examples of which two in three are off by one, so that the model knows roughly what to write and is
+wrong more often than right. What is right, it learns from the verified reward.
 """
 
 import argparse
@@ -19,6 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 CHARACTERS = "0123456789+="
 PAD, EOS = 0, 1
 PROMPT_TOKENS = len("37+48=")
+SHARE_RIGHT = 0.33
+"""Of the warm-up's examples."""
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -60,20 +62,19 @@ def additions() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     return pairs[len(pairs) // 8 :], pairs[: len(pairs) // 8]
 
 
-def warm_up(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, accuracy: float, max_steps: int = 3000
-) -> tuple[int, float]:
-    """Trains the model on the answers of training prompts; returns the steps taken and the accuracy reached.
-
-    Ends once that share of 512 training prompts is answered right, by sampling at temperature 1.
-    """
+def warm_up(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int) -> None:
+    """Trains the model on careless answers to training prompts."""
     train, _ = additions()
     rng = random.Random(1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    prompts = {prompt: tokenizer(prompt)["input_ids"] for prompt, _ in train}
+    answers = [tokenizer(str(number))["input_ids"] + [EOS] for number in range(2 * 99 + 2)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 50))
-    reached = 0.0
-    for step in range(1, max_steps + 1):
-        rows = [tokenizer(prompt + answer)["input_ids"] + [EOS] for prompt, answer in rng.sample(train, 64)]
+    for _ in range(steps):
+        rows = []
+        for prompt, answer in rng.sample(train, 128):
+            slip = 0 if rng.random() < SHARE_RIGHT else rng.choice((-1, 1))
+            rows.append(prompts[prompt] + answers[int(answer) + slip])
         width = max(len(row) for row in rows)
         ids = torch.tensor([row + [PAD] * (width - len(row)) for row in rows])
         labels = ids.masked_fill(ids == PAD, -100)
@@ -84,29 +85,12 @@ def warm_up(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 25 == 0 and (reached := sampled_accuracy(model, tokenizer, train[:512])) >= accuracy:
-            return step, reached
-    return max_steps, reached
-
-
-@torch.no_grad()
-def sampled_accuracy(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]]
-) -> float:
-    """Returns the share of prompts whose sampled answer is right."""
-    ids = torch.tensor([tokenizer(prompt)["input_ids"] for prompt, _ in pairs])
-    for _ in range(4):
-        probabilities = model(ids).logits[:, -1].softmax(-1)
-        ids = torch.cat([ids, torch.multinomial(probabilities, 1)], dim=1)
-    wanted = [tokenizer(answer)["input_ids"] + [EOS] for _, answer in pairs]
-    given = ids[:, PROMPT_TOKENS:].tolist()
-    return sum(row[: len(answer)] == answer for row, answer in zip(given, wanted, strict=True)) / len(pairs)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent)
-    parser.add_argument("--accuracy", type=float, default=0.25, help="share of training prompts at which the warm-up ends")
+    parser.add_argument("--steps", type=int, default=600, help="supervised steps of the warm-up")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     model_folder, data_folder = options.folder / "model", options.folder / "data"
@@ -115,7 +99,7 @@ def main() -> None:
         return
     started = time.perf_counter()
     tokenizer, model = build_tokenizer(), build_model(options.seed)
-    steps, accuracy = warm_up(model, tokenizer, options.accuracy)
+    warm_up(model, tokenizer, options.steps)
     data_folder.mkdir(parents=True, exist_ok=True)
     for name, pairs in zip(("train", "heldout"), additions(), strict=True):
         lines = (json.dumps({"prompt": prompt, "answer": answer}) + "\n" for prompt, answer in pairs)
@@ -124,8 +108,8 @@ def main() -> None:
     model.save_pretrained(model_folder)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     print(
-        f"warmed up a model of {millions:.2f}M parameters by {steps} supervised steps in "
-        f"{time.perf_counter() - started:.0f} s (training prompts answered right: {100 * accuracy:.0f} %): {model_folder}"
+        f"warmed up a model of {millions:.2f}M parameters by {options.steps} supervised steps in "
+        f"{time.perf_counter() - started:.0f} s: {model_folder}"
     )
 
 

@@ -48,9 +48,9 @@ def cluster() -> Iterator[Cluster]:
         patch.setenv("RAY_TMPDIR", folder)
         try:
             simulated = Cluster()
-            simulated.add_node(num_cpus=2, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False)
+            simulated.add_node(num_cpus=1, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False)
             for _ in range(2):
-                simulated.add_node(num_cpus=16, num_gpus=8, object_store_memory=OBJECT_STORE_BYTES)
+                simulated.add_node(num_cpus=4, num_gpus=8, object_store_memory=OBJECT_STORE_BYTES)
             ray.init(address=simulated.address, log_to_driver=False)
             yield simulated
         finally:
@@ -90,19 +90,19 @@ def all_is_free() -> bool:
     return all(free.get(name) == total[name] for name in ("CPU", "GPU"))
 
 
-def per_node(role: str, count: int, gpus: float = 1, cpus: float = 0.5) -> RoleDemand:
+def per_node(role: str, count: int, gpus: float = 1, cpus: float = 0.25) -> RoleDemand:
     return RoleDemand(role, None, count, gpus, cpus)
 
 
-def replicas(role: str, count: int, gpus: float = 1, cpus: float = 0.5) -> RoleDemand:
+def replicas(role: str, count: int, gpus: float = 1, cpus: float = 0.25) -> RoleDemand:
     return RoleDemand(role, count, None, gpus, cpus)
 
 
 def test_cluster_nodes_lists_the_head_first_with_totals(cluster: Cluster) -> None:
     head, *others = cluster_nodes()
 
-    assert (head.gpus, head.cpus) == (0, 2)
-    assert others == sorted(Node(node.node_id, 8, 16) for node in cluster.worker_nodes)
+    assert (head.gpus, head.cpus) == (0, 1)
+    assert others == sorted(Node(node.node_id, 8, 4) for node in cluster.worker_nodes)
 
 
 def test_reserve_per_node_plan_puts_each_actor_on_its_node_with_its_own_gpu(cluster: Cluster) -> None:
@@ -184,8 +184,8 @@ def test_wait_for_cluster_demand_beyond_it_ends_in_time_with_registered_against_
     assert str(error.value) == (
         "rollout.gpus is 1; 17 actors need 17 GPUs and the cluster has 16, of which learner takes 2. "
         "Lower rollout.replicas or learner.gpus, or add nodes.\n"
-        "placement.wait_s is 1.5; by then registered: 3 nodes, 34 CPUs, 16 GPUs; "
-        "needed: 8.5 CPUs, 17 GPUs and 0.5 CPUs, 1 GPU on each GPU node. Raise it where nodes are still joining."
+        "placement.wait_s is 1.5; by then registered: 3 nodes, 9 CPUs, 16 GPUs; "
+        "needed: 4.25 CPUs, 17 GPUs and 0.25 CPUs, 1 GPU on each GPU node. Raise it where nodes are still joining."
     )
     assert [record.message for record in caplog.records if "waiting for the cluster" in record.message]
     assert all_is_free()
@@ -200,7 +200,7 @@ def test_reserve_held_by_another_names_the_actors_and_releases_what_it_got(clust
             reserve(made, wait_s=1.5)
         assert str(error.value) == (
             "placement.wait_s is 1.5; 8 of 16 actors found no place in that time: learner 2, learner 3, "
-            f"{', '.join(f'rollout {i}' for i in range(6, 12))} on node {last.name} (4 CPUs, 8 GPUs). "
+            f"{', '.join(f'rollout {i}' for i in range(6, 12))} on node {last.name} (2 CPUs, 8 GPUs). "
             "Free what other jobs hold there, or raise it."
         )
         assert eventually(lambda: ray.available_resources().get("GPU") == 15)
