@@ -101,7 +101,9 @@ class DeepSpeedLearner:
             self._engine.backward(loss * (self._world_size / plan.batch_tokens), scale_wrt_gas=False)
         metrics = sums.reduce(plan.batch_tokens)
         if not math.isfinite(metrics["loss"]):
-            raise RunError(f"the loss is {metrics['loss']}; the step was not applied. Lower learner.lr or see the ratios.")
+            raise RunError(
+                f"the loss is {metrics['loss']}; the step was not applied. Lower learner.lr or see the ratios."
+            )
         metrics["learner/lr"] = float(self._engine.get_lr()[0])
         self._engine.step()
         if (norm := self._engine.get_global_grad_norm()) is not None:
@@ -117,7 +119,7 @@ class DeepSpeedLearner:
         from maspo_ray.tensor_ops import kl_estimate, masked_sum
 
         items = [plan.items[row] for row in rows]
-        completions: list[Completion] = [payloads[item.completion] for item in items]
+        completions: list[Completion] = [payloads[payload][i] for payload, i in (item.completion for item in items)]
         if not items:
             # The rank still takes part in the collectives of forward and backward: any tokens will do, with weight 0.
             return self._forward([(np.zeros(1, np.int32), np.zeros(1, np.int32))])[0].sum() * 0.0
@@ -131,7 +133,7 @@ class DeepSpeedLearner:
         loss = masked_sum(policy.token_loss, mask)
         sums.add_objective(policy, advantages, mask, loss, entropy)
         if self._kl.coef > 0:
-            reference = self._tokens([payloads[item.reference] for item in items if item.reference is not None])
+            reference = self._tokens([payloads[ref[0]][ref[1]] for ref in (item.reference for item in items) if ref])
             divergence = masked_sum(kl_estimate(logprobs, reference, self._kl.estimator), mask)
             sums.add_kl(divergence, self._kl.coef)
             loss = loss + self._kl.coef * divergence

@@ -31,8 +31,8 @@ class HFReference:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = load_token_model(self._config).eval().requires_grad_(False).to(self._device)
 
-    def completion_logprobs(self, prompt: Prompt, *completions: Completion) -> Sequence[NDArray[np.float32]]:
+    def completion_logprobs(self, prompt: Prompt, *batches: Sequence[Completion]) -> Sequence[NDArray[np.float32]]:
         from actors.token_model import sequence_logprobs
 
-        pairs = [(prompt.token_ids, completion.token_ids) for completion in completions]
+        pairs = [(prompt.token_ids, completion.token_ids) for batch in batches for completion in batch]
         return sequence_logprobs(self._model, pairs, self._temperature, self._device)

@@ -33,7 +33,9 @@ class StepSums:
         self._sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in _SHARES}
         self._ratio_max = torch.zeros((), dtype=torch.float64, device=device)
 
-    def add_objective(self, policy: PolicyLoss, advantages: Tensor, mask: Tensor, loss: Tensor, entropy: Tensor) -> None:
+    def add_objective(
+        self, policy: PolicyLoss, advantages: Tensor, mask: Tensor, loss: Tensor, entropy: Tensor
+    ) -> None:
         """Adds a micro-batch. `loss` is its summed policy loss; the other arguments are [tokens]."""
         sums = objective_sums(policy, advantages, mask)
         self._ratio_max = torch.maximum(self._ratio_max, sums["ratio_max"])

@@ -4,7 +4,9 @@ Promise: every token comes with its log-prob at the sampling temperature and the
 the engine. Weights change in flight: what is running goes on under the new ones.
 """
 
+import asyncio
 import os
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,9 +17,7 @@ from maspo_ray.experience import Completion, CompletionFacts, Prompt, VersionSpa
 from maspo_ray.weight_sync import backend_for
 
 
-def engine_arguments(
-    model: ModelConfig, rollout: RolloutConfig, max_model_tokens: int, seed: int
-) -> dict[str, Any]:
+def engine_arguments(model: ModelConfig, rollout: RolloutConfig, max_model_tokens: int, seed: int) -> dict[str, Any]:
     """Returns the keyword arguments of vLLM's `AsyncEngineArgs`; `rollout.engine` has the last word."""
     arguments: dict[str, Any] = {
         "model": model.path,
@@ -82,8 +82,21 @@ class VLLMRollout:
         await self._engine.update_weight_version(str(self._version))
 
     async def generate(
-        self, prompt: Prompt, *, temperature: float, max_new_tokens: int, seed: int | None
-    ) -> tuple[Completion, CompletionFacts]:
+        self, prompt: Prompt, *, temperature: float, max_new_tokens: int, seeds: Sequence[int | None]
+    ) -> AsyncIterator[list[Completion] | list[CompletionFacts]]:
+        running = {asyncio.create_task(self._complete(prompt, temperature, max_new_tokens, seed)) for seed in seeds}
+        try:
+            while running:
+                # What ends in one step of the engine comes out together.
+                ended, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                completions = [task.result() for task in ended]
+                yield completions
+                yield [CompletionFacts.of(completion) for completion in completions]
+        finally:
+            for task in running:
+                task.cancel()
+
+    async def _complete(self, prompt: Prompt, temperature: float, max_new_tokens: int, seed: int | None) -> Completion:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -98,7 +111,7 @@ class VLLMRollout:
         # Missing would otherwise read as log-prob 0, which is probability 1.
         assert output.logprobs is not None and len(output.logprobs) == len(output.token_ids), "a token has no log-prob"
         assert output.weight_versions, "the engine stamped no weight version"
-        completion = Completion(
+        return Completion(
             token_ids=np.asarray(output.token_ids, dtype=np.int32),
             logprobs=np.asarray(
                 [entry[token].logprob for entry, token in zip(output.logprobs, output.token_ids, strict=True)],
@@ -108,7 +121,6 @@ class VLLMRollout:
             finish_reason=str(output.finish_reason),
             text=output.text,
         )
-        return completion, CompletionFacts.of(completion)
 
     async def token_logprobs(self, token_ids: NDArray[np.int32]) -> NDArray[np.float32]:
         from vllm import SamplingParams
@@ -121,14 +133,14 @@ class VLLMRollout:
         return np.asarray([entry[token].logprob for entry, token in pairs if entry], dtype=np.float32)
 
     async def _run(self, token_ids: NDArray[np.int32], parameters: Any) -> Any:
+        from vllm.inputs import TokensPrompt
+
         self._num_requests += 1
         # The salt keeps a block that was computed under other weights out of this request's prefix.
-        inputs = {"prompt_token_ids": token_ids.tolist(), "cache_salt": f"v{self._version}"}
-        result = None
-        async for result in self._engine.generate(inputs, parameters, str(self._num_requests)):
-            pass
-        assert result is not None and result.finished
-        return result
+        inputs = TokensPrompt(prompt_token_ids=token_ids.tolist(), cache_salt=f"v{self._version}")
+        outputs = [output async for output in self._engine.generate(inputs, parameters, str(self._num_requests))]
+        assert outputs and outputs[-1].finished, "the engine ended a request without its last output"
+        return outputs[-1]
 
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest

@@ -78,17 +78,17 @@ class ParityCheck:
     async def choose(self, prompts: Sequence[Prompt], temperature: float, max_new_tokens: int) -> None:
         """Fixes the sequences: each prompt with a completion that the first engine samples for it."""
         engine = self._fleet.of_role("rollout")[0]
-        calls = [
-            engine.generate.options(num_returns=2).remote(
-                prompt, temperature=temperature, max_new_tokens=max_new_tokens, seed=0
-            )[0]
-            for prompt in prompts
-        ]
-        completions: list[Completion] = await asyncio.gather(*(named("rollout/0 failed to generate", c) for c in calls))
-        self._sequences = [
-            np.concatenate([prompt.token_ids, completion.token_ids])
-            for prompt, completion in zip(prompts, completions, strict=True)
-        ]
+
+        async def sequence(prompt: Prompt) -> NDArray[np.int32]:
+            stream = engine.generate.options(num_returns="streaming").remote(
+                prompt, temperature=temperature, max_new_tokens=max_new_tokens, seeds=[0]
+            )
+            async for ended in stream:
+                completions: list[Completion] = await named("rollout/0 failed to generate", ended)
+                return np.concatenate([prompt.token_ids, completions[0].token_ids])
+            raise RunError("rollout/0 generated nothing")
+
+        self._sequences = list(await asyncio.gather(*(sequence(prompt) for prompt in prompts)))
 
     async def check(self, version: int) -> float:
         """Returns the largest |Δ log-prob| over sequences and engines.

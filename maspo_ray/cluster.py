@@ -3,6 +3,7 @@
 Promise: a Ray of the run's own is gone when the run is, with every process that it started; another's is left as it was found.
 """
 
+import logging
 import os
 import shutil
 import sys
@@ -27,7 +28,7 @@ def connected(placement: PlacementConfig) -> Iterator[bool]:
         yield True
     elif address:
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR", ignore_reinit_error=False)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=False)
         except ConnectionError as error:
             raise ConfigError(
                 f"placement.address is {address}; no Ray answers there ({str(error).splitlines()[0]}). "
@@ -54,7 +55,7 @@ def _own(placement: PlacementConfig) -> Iterator[bool]:
             include_dashboard=False,
             object_store_memory=int(placement.object_store_gib * 2**30),
             log_to_driver=False,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
         )
         yield False
     finally:

@@ -76,5 +76,3 @@ def _unknown_key(path: str, subject: str, root: type[BaseModel]) -> str:
     near = difflib.get_close_matches(path, list(field_paths(root)), n=1, cutoff=0.6)
     remedy = f"Did you mean {near[0]}?" if near else "Remove it."
     return f"{subject}; there is no such key. {remedy}"
-
-

@@ -101,7 +101,9 @@ class Verdict:
 
     def __post_init__(self) -> None:
         if (self.outcome is Outcome.SCORED) == math.isnan(self.reward):
-            raise ValueError(f"reward is {self.reward}; a scored completion has a number, any other NaN. Mend the reward.")
+            raise ValueError(
+                f"reward is {self.reward}; a scored completion has a number, any other NaN. Mend the reward."
+            )
 
     @classmethod
     def from_reward(cls, reward: float) -> "Verdict":
@@ -115,9 +117,15 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One completion with its verdict. `payload` refers to the `Completion` in the object store."""
+    """One completion with its verdict.
+
+    Attributes:
+        payload: refers to the list of `Completion`s that this one ended together with, in the object store.
+        position: its place in that list.
+    """
 
     payload: Any
+    position: int
     facts: CompletionFacts
     verdict: Verdict
 
@@ -130,6 +138,8 @@ class Group:
         prompt: refers to the `Prompt` in the object store.
         prompt_tokens: length of the prompt.
         submitted_version: the learner's version when the group was admitted.
+        rollouts: in the order in which their completions ended, so that the lists that their payloads refer to, one after
+            the other, hold the completions in this order.
     """
 
     group_id: int
@@ -148,9 +158,9 @@ class Group:
         return max(rollout.facts.max_version for rollout in self.rollouts)
 
     @property
-    def num_tokens(self) -> int:
-        """Completion tokens of all rollouts."""
-        return sum(rollout.facts.num_tokens for rollout in self.rollouts)
+    def payloads(self) -> list[Any]:
+        """References to the lists of completions, each once, in the order of the rollouts."""
+        return list(dict.fromkeys(rollout.payload for rollout in self.rollouts))
 
     @property
     def rewards(self) -> list[float]:
@@ -163,10 +173,10 @@ class Experience:
 
     Attributes:
         advantages: one for each rollout, 0 for a rollout that could not be scored.
-        reference_logprobs: refers, for each rollout, to [tokens] float32 log-probs under the reference policy;
-            empty without KL.
+        reference_logprobs: refers to a list with, for each rollout, [tokens] float32 log-probs under the reference policy;
+            None without KL.
     """
 
     group: Group
     advantages: tuple[float, ...]
-    reference_logprobs: tuple[Any, ...] = ()
+    reference_logprobs: Any = None

@@ -129,9 +129,7 @@ class Fleet:
 
     async def shutdown(self) -> None:
         """Lets every actor that can end itself do so, within a deadline, then ends all."""
-        ending = [
-            handle.shutdown.remote() for role in ("rollout", "learner") for handle in self.of_role(role)
-        ]
+        ending = [handle.shutdown.remote() for role in ("rollout", "learner") for handle in self.of_role(role)]
         await asyncio.to_thread(ray.wait, ending, num_returns=len(ending), timeout=_SHUTDOWN_S)
         for handles in self._actors.values():
             for handle in handles:

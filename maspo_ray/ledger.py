@@ -29,7 +29,7 @@ class GroupLedger:
         self._sink = sink
         self._open: dict[int, tuple[str, int]] = {}
         self._ended: set[int] = set()
-        self._ends = {outcome: 0 for outcome in GroupOutcome}
+        self._ends = dict.fromkeys(GroupOutcome, 0)
         self._submitted = 0
 
     @property

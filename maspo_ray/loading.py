@@ -83,7 +83,9 @@ def _check_protocol(field: str, actor_class: type, protocol: type) -> None:
 def _accepts(signature: inspect.Signature, wanted: inspect.Signature) -> bool:
     """Whether a call with the arguments of `wanted` binds to `signature`."""
     kinds = inspect.Parameter
-    positional = [p for p in wanted.parameters.values() if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)]
+    positional = [
+        p for p in wanted.parameters.values() if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
+    ]
     keywords = {p.name: None for p in wanted.parameters.values() if p.kind is kinds.KEYWORD_ONLY}
     try:
         signature.bind(*(None for _ in positional), **keywords)

@@ -13,16 +13,18 @@ from maspo_ray.experience import Experience
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One rollout to train on. The positions are those of a rank's payloads.
+    """One rollout to train on.
 
     Attributes:
+        prompt: position of its prompt in the rank's payloads.
+        completion: position of a list of completions there, and its own in the list.
+        reference: position of a list of reference log-probs there, and its own in the list; None without KL.
         num_tokens: completion tokens.
-        reference: position of the reference log-probs, None without KL.
     """
 
     prompt: int
-    completion: int
-    reference: int | None
+    completion: tuple[int, int]
+    reference: tuple[int, int] | None
     advantage: float
     num_tokens: int
 
@@ -88,31 +90,29 @@ def pack(experiences: Sequence[Experience], ranks: int, max_tokens: int) -> list
     batch_tokens = sum(e.group.rollouts[i].facts.num_tokens for e, i in rollouts)
     plans = []
     for share in cut_micro_batches(lengths, ranks, max_tokens):
-        payloads: list[Any] = []
-        prompts: dict[int, int] = {}
+        positions: dict[Any, int] = {}
         items: list[Item] = []
         micro_batches: list[tuple[int, ...]] = []
         for rows in share:
             micro_batches.append(tuple(range(len(items), len(items) + len(rows))))
             for experience, i in (rollouts[row] for row in rows):
-                items.append(_item(experience, i, payloads, prompts))
-        plans.append((RankPlan(tuple(items), tuple(micro_batches), batch_tokens), tuple(payloads)))
+                items.append(_item(experience, i, positions))
+        plans.append((RankPlan(tuple(items), tuple(micro_batches), batch_tokens), tuple(positions)))
     return plans
 
 
-def _item(experience: Experience, i: int, payloads: list[Any], prompts: dict[int, int]) -> Item:
-    group = experience.group
+def _item(experience: Experience, i: int, positions: dict[Any, int]) -> Item:
+    """Returns the item of the experience's i-th rollout; adds what it refers to to `positions`, each reference once."""
 
     def position(payload: Any) -> int:
-        payloads.append(payload)
-        return len(payloads) - 1
+        return positions.setdefault(payload, len(positions))
 
-    if group.group_id not in prompts:
-        prompts[group.group_id] = position(group.prompt)
+    group, reference = experience.group, experience.reference_logprobs
+    rollout = group.rollouts[i]
     return Item(
-        prompt=prompts[group.group_id],
-        completion=position(group.rollouts[i].payload),
-        reference=position(experience.reference_logprobs[i]) if experience.reference_logprobs else None,
+        prompt=position(group.prompt),
+        completion=(position(rollout.payload), rollout.position),
+        reference=None if reference is None else (position(reference), i),
         advantage=experience.advantages[i],
-        num_tokens=group.rollouts[i].facts.num_tokens,
+        num_tokens=rollout.facts.num_tokens,
     )

@@ -117,16 +117,12 @@ class Pipeline:
             self._gate.accept()
             self._arrival.set()
 
-    def _reference_logprobs(self, group: Group) -> tuple[Any, ...]:
-        """Returns references to what a reference actor is computing; Ray holds the learner back until it is there."""
+    def _reference_logprobs(self, group: Group) -> Any:
+        """Returns a reference to what a reference actor is computing; Ray holds the learner back until it is there."""
         actors = self._fleet.of_role("reference")
         if not actors:
-            return ()
-        actor = actors[group.group_id % len(actors)]
-        payloads = [rollout.payload for rollout in group.rollouts]
-        return tuple(
-            actor.completion_logprobs.options(num_returns=len(payloads)).remote(group.prompt, *payloads)
-        )
+            return None
+        return actors[group.group_id % len(actors)].completion_logprobs.remote(group.prompt, *group.payloads)
 
     def _drop(self, group: Group, outcome: GroupOutcome, cause: str) -> None:
         """Ends a running group without training on it; another may start in its place."""
@@ -136,7 +132,12 @@ class Pipeline:
 
     def _end(self, group: Group, outcome: GroupOutcome, step: int | None = None, cause: str | None = None) -> None:
         self._ledger.end(
-            group.group_id, outcome, min_version=group.min_version, max_version=group.max_version, step=step, cause=cause
+            group.group_id,
+            outcome,
+            min_version=group.min_version,
+            max_version=group.max_version,
+            step=step,
+            cause=cause,
         )
 
     def _measure(self, group: Group) -> None:

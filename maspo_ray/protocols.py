@@ -5,7 +5,7 @@ The constructor receives the keyword arguments of its role (see each protocol), 
 `fleet` wraps the class with `ray.remote`; nothing else does. Methods may be sync or async where it says so.
 """
 
-from collections.abc import Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -38,10 +38,14 @@ class RolloutActor(Protocol):
 
     async def setup(self) -> None: ...
 
-    async def generate(
-        self, prompt: Prompt, *, temperature: float, max_new_tokens: int, seed: int | None
-    ) -> tuple[Completion, CompletionFacts]:
-        """Returns one completion, and what the controller may know of it."""
+    def generate(
+        self, prompt: Prompt, *, temperature: float, max_new_tokens: int, seeds: Sequence[int | None]
+    ) -> AsyncIterator[list[Completion] | list[CompletionFacts]]:
+        """Yields the completions of a prompt, one for each seed, as they end.
+
+        Two objects at a time: a list of the completions that have ended since the last, which stays in the object store,
+        and the list of what the controller may know of them. An async generator; a seed of None leaves it to the engine.
+        """
         ...
 
     async def token_logprobs(self, token_ids: NDArray[np.int32]) -> NDArray[np.float32]:
@@ -72,8 +76,8 @@ class ReferenceActor(Protocol):
 
     def setup(self) -> None: ...
 
-    def completion_logprobs(self, prompt: Prompt, *completions: Completion) -> Sequence[NDArray[np.float32]]:
-        """Returns, for each completion, [tokens] float32 log-probs at the sampling temperature."""
+    def completion_logprobs(self, prompt: Prompt, *batches: Sequence[Completion]) -> Sequence[NDArray[np.float32]]:
+        """Returns, for each completion of the batches in turn, [tokens] float32 log-probs at the sampling temperature."""
         ...
 
 

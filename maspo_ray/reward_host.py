@@ -30,7 +30,7 @@ class RewardHost:
             if inspect.isawaitable(result):
                 await result
 
-    async def score(self, prompt: Prompt, *completions: Completion) -> list[Verdict]:
+    async def score(self, prompt: Prompt, completions: Sequence[Completion]) -> list[Verdict]:
         """Returns a verdict for each completion."""
         try:
             given = await self._call(prompt, completions)

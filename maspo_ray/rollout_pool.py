@@ -67,28 +67,31 @@ class RolloutPool:
         """
         engine = min(range(len(self._rollout)), key=self._outstanding_tokens.__getitem__)
         cost = prompt_tokens + max_new_tokens
-        self._outstanding_tokens[engine] += cost * len(seeds)
-
-        async def one(seed: int | None) -> Rollout:
-            self.idle.started(engine, monotonic())
-            try:
-                payload, facts = (
-                    self._rollout[engine]
-                    .generate.options(num_returns=2)
-                    .remote(prompt, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
-                )
-                known: CompletionFacts = await named(f"rollout/{engine} failed to generate", facts)
-            finally:
-                self._outstanding_tokens[engine] -= cost
+        outstanding = cost * len(seeds)
+        self._outstanding_tokens[engine] += outstanding
+        failure = f"rollout/{engine} failed to generate"
+        stream = (
+            self._rollout[engine]
+            .generate.options(num_returns="streaming")
+            .remote(prompt, temperature=temperature, max_new_tokens=max_new_tokens, seeds=list(seeds))
+        )
+        self.idle.started(engine, monotonic())
+        try:
+            async with asyncio.TaskGroup() as scoring:
+                scored = []
+                async for payload in stream:
+                    facts: list[CompletionFacts] = await named(failure, await named(failure, anext(stream)))
+                    self._outstanding_tokens[engine] -= cost * len(facts)
+                    outstanding -= cost * len(facts)
+                    self.tokens_generated += sum(known.num_tokens for known in facts)
+                    scored.append(scoring.create_task(self._score(prompt, payload, facts)))
                 self.idle.finished(engine, monotonic())
-            self.tokens_generated += known.num_tokens
-            return Rollout(payload, known, await self._score(prompt, payload))
+        finally:
+            self._outstanding_tokens[engine] -= outstanding
+        return tuple(rollout for task in scored for rollout in task.result())
 
-        async with asyncio.TaskGroup() as samples:
-            tasks = [samples.create_task(one(seed)) for seed in seeds]
-        return tuple(task.result() for task in tasks)
-
-    async def _score(self, prompt: Any, payload: Any) -> Verdict:
-        verdict: Verdict = (await named("reward failed", next(self._reward).score.remote(prompt, payload)))[0]
-        self._errors.add(verdict)
-        return verdict
+    async def _score(self, prompt: Any, payload: Any, facts: Sequence[CompletionFacts]) -> list[Rollout]:
+        verdicts: list[Verdict] = await named("the reward failed", next(self._reward).score.remote(prompt, payload))
+        for verdict in verdicts:
+            self._errors.add(verdict)
+        return [Rollout(payload, i, *pair) for i, pair in enumerate(zip(facts, verdicts, strict=True))]

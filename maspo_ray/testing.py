@@ -59,7 +59,6 @@ async def _check(actor: RewardActor, cases: Sequence[tuple[Prompt, str, float]])
         together.setdefault(id(case[0]), []).append(case)
     for group in together.values():
         await _check_call(actor, group)
-        await _check_call(actor, group[::-1])
     for case in cases:
         await _check_call(actor, [case])
 

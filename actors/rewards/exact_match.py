@@ -28,10 +28,8 @@ def answer_regex(pattern: str, key: str) -> re.Pattern[str]:
 
 def last_answer(regex: re.Pattern[str], text: str) -> str | None:
     """Returns what the group caught at the last match, stripped; None without a match."""
-    found = None
-    for found in regex.finditer(text):
-        pass
-    return None if found is None or found.group(1) is None else found.group(1).strip()
+    matches = list(regex.finditer(text))
+    return matches[-1].group(1).strip() if matches and matches[-1].group(1) is not None else None
 
 
 class ExactMatchReward:

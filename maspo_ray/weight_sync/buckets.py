@@ -34,9 +34,7 @@ class Bucket:
 
     def views(self, buffer: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
         """Returns the parameters as views of `buffer`, [num_bytes] uint8."""
-        return [
-            (e.name, buffer[e.start : e.start + e.num_bytes].view(e.dtype).view(e.shape)) for e in self.entries
-        ]
+        return [(e.name, buffer[e.start : e.start + e.num_bytes].view(e.dtype).view(e.shape)) for e in self.entries]
 
 
 def cut_buckets(parameters: Iterable[tuple[str, torch.dtype, Sequence[int]]], bucket_bytes: int) -> list[Bucket]:

@@ -80,7 +80,7 @@ def join_group(address: str, port: int, rank: int, world_size: int, timeout_s: f
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((address, port))
         own_address = probe.getsockname()[0]
-    options = ProcessGroupGloo._Options()
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._devices = [ProcessGroupGloo.create_device(hostname=own_address)]
     options._timeout = timeout
     return ProcessGroupGloo(PrefixStore("maspo_ray/weights", store), rank, world_size, options)
@@ -89,7 +89,7 @@ def join_group(address: str, port: int, rank: int, world_size: int, timeout_s: f
 def _start_broadcast(group: ProcessGroupGloo, buffer: torch.Tensor) -> Any:
     options = BroadcastOptions()
     options.rootRank = 0
-    return group.broadcast([buffer], options)
+    return group.broadcast([buffer], options)  # type: ignore[attr-defined]
 
 
 class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
@@ -129,7 +129,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         if pending is not None:
             bucket, buffer, work = pending
             work.wait()
-            self.model.load_weights(bucket.views(buffer))
+            self.model.load_weights(bucket.views(buffer))  # type: ignore[operator]
 
     def finish_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload

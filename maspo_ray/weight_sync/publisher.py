@@ -75,7 +75,13 @@ class WeightPublisher:
     """
 
     def __init__(
-        self, source: WeightSource, client: RolloutClient, backend: str, rank: int, master_address: str, timeout_s: float
+        self,
+        source: WeightSource,
+        client: RolloutClient,
+        backend: str,
+        rank: int,
+        master_address: str,
+        timeout_s: float,
     ) -> None:
         self._client = client
         info = _trainer_init_info(backend, rank, master_address, 1 + client.num_workers, timeout_s)

@@ -9,7 +9,12 @@ from maspo_ray.experience import CompletionFacts, Experience, Group, Rollout, Ve
 
 def _experience(group_id: int, *min_versions: int) -> Experience:
     rollouts = tuple(
-        Rollout(payload=None, facts=CompletionFacts(4, version, version + 1, "stop"), verdict=Verdict.from_reward(1.0))
+        Rollout(
+            payload=None,
+            position=0,
+            facts=CompletionFacts(4, version, version + 1, "stop"),
+            verdict=Verdict.from_reward(1.0),
+        )
         for version in min_versions
     )
     group = Group(group_id, f"train/{group_id}", None, 3, min(min_versions), rollouts)

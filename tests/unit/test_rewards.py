@@ -72,6 +72,10 @@ def test_exact_match_pattern_takes_the_last_match_and_none_is_wrong() -> None:
     assert _rewards(actor, "7", *texts) == [1.0, 0.0, 0.0]
 
 
+def test_exact_match_pattern_reads_over_line_ends() -> None:
+    assert _rewards(ExactMatchReward(pattern="<a>(.*?)</a>"), "1\n2", "so <a>\n1\n2\n</a>") == [1.0]
+
+
 def test_exact_match_verdict_is_correct_where_the_reward_is_1() -> None:
     assert [v.correct for v in _verdicts(ExactMatchReward(), make_prompt("q", "7"), "7", "8")] == [True, False]
 

@@ -1,0 +1,305 @@
+"""The sections of the run's configuration, each a frozen pydantic model with its defaults and their meaning.
+
+Promise: a section that exists is consistent with itself; `config.RunConfig` puts them together and holds them against each other.
+Imports neither torch, ray nor vllm.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, unknown keys refused, docstrings under the fields are their descriptions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    path: str
+    """Folder of a Hugging Face model with its tokenizer, or a hub id such as `org/name`."""
+    dtype: Dtype = "bfloat16"
+    """Of the learner's parameters, the reference's and the rollout engine's alike."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
+    """Attention of the learner and the reference, as transformers names it."""
+    trust_remote_code: bool = False
+
+
+class JsonlSource(Section):
+    kind: Literal["jsonl"] = "jsonl"
+    path: Path
+    """File of one JSON object a line."""
+    prompt_column: str = "prompt"
+    """A string, or a list of chat messages."""
+    answer_column: str = "answer"
+    limit: int | None = Field(None, ge=1)
+    """Read at most so many lines."""
+
+
+class HuggingFaceSource(Section):
+    kind: Literal["huggingface"] = "huggingface"
+    name: str
+    subset: str | None = None
+    split: str = "train"
+    prompt_column: str = "prompt"
+    answer_column: str = "answer"
+    """A dot goes into a column of dictionaries: `reward_model.ground_truth`."""
+    limit: int | None = Field(None, ge=1)
+
+
+class ReasoningGymSource(Section):
+    kind: Literal["reasoning_gym"] = "reasoning_gym"
+    task: str
+    """Name of a reasoning-gym dataset, e.g. `chain_sum`."""
+    size: int = Field(1000, ge=1)
+    seed: int = 0
+    args: dict[str, Any] = {}
+    """Passed to `reasoning_gym.create_dataset`."""
+    suffix: str = ""
+    """Appended to each question, e.g. how to write the answer."""
+
+
+DataSource = Annotated[JsonlSource | HuggingFaceSource | ReasoningGymSource, Field(discriminator="kind")]
+
+
+class DataConfig(Section):
+    train: DataSource
+    eval: DataSource | None = None
+    """Held-out prompts; without them no evaluation is run."""
+    chat_template: bool = True
+    """Wrap a string prompt as a user's message by the tokenizer's chat template."""
+    system_prompt: str | None = None
+    max_prompt_tokens: int = Field(1024, ge=1)
+    """Longer prompts are left out, counted."""
+    shuffle: bool = True
+
+    @model_validator(mode="after")
+    def _system_prompt_needs_a_template(self) -> Self:
+        if self.system_prompt is not None and not self.chat_template:
+            raise ValueError(
+                "system_prompt is set; it needs data.chat_template. Set data.chat_template to true or remove the prompt."
+            )
+        return self
+
+
+class RoleConfig(Section):
+    """How many actors of a role, where, and with what resources each."""
+
+    actor: str
+    """Dotted path `module:Class`."""
+    replicas: int | None = Field(None, ge=1)
+    """Actors in all; 1 if neither this nor `per_node` is given."""
+    per_node: int | None = Field(None, ge=1)
+    """Actors on each GPU node (on each node, where none has GPUs)."""
+    gpus: float = Field(0.0, ge=0)
+    """Per actor; a fraction shares a GPU, more than 1 must be whole."""
+    cpus: float = Field(1.0, ge=0)
+    """Per actor; fractions allowed. Also the number of threads of its engine, at least 1."""
+    args: dict[str, Any] = {}
+    """Keyword arguments of the actor's constructor, besides what its protocol gives it."""
+
+    @field_validator("gpus")
+    @classmethod
+    def _whole_or_fraction(cls, value: float) -> float:
+        if value > 1 and value != int(value):
+            raise ValueError("above 1 a number of GPUs must be whole. Set a whole number or a fraction below 1")
+        return value
+
+    @model_validator(mode="after")
+    def _one_count(self) -> Self:
+        if self.replicas is not None and self.per_node is not None:
+            raise ValueError(
+                f"replicas is {self.replicas} and per_node is {self.per_node}; only one of them counts. Remove one."
+            )
+        return self
+
+
+class RolloutConfig(RoleConfig):
+    actor: str = "actors.vllm_rollout:VLLMRollout"
+    group_size: int = Field(8, ge=1)
+    """Completions sampled for each prompt (n)."""
+    max_new_tokens: int = Field(256, ge=1)
+    temperature: float = Field(1.0)
+    """Behaviour log-probs are those at this temperature, so it must be above 0."""
+    max_concurrent_requests: int = Field(128, ge=1)
+    """Completions in flight in one engine."""
+    max_model_tokens: int | None = Field(None, ge=2)
+    """Longest prompt and completion together; by default data.max_prompt_tokens + rollout.max_new_tokens."""
+    kv_cache_gib: float = Field(0.25, gt=0)
+    """KV cache of an engine that runs on CPU; on a GPU vLLM takes `gpu_memory_utilization` from `engine`."""
+    engine: dict[str, Any] = {}
+    """Passed through to vLLM's `AsyncEngineArgs`."""
+
+    @field_validator("temperature")
+    @classmethod
+    def _temperature_above_zero(cls, value: float) -> float:
+        if value <= 0:
+            raise ValueError("a greedy policy has no log-probs to learn from, so it must be above 0. Set it to 1.0")
+        return value
+
+
+class RewardConfig(RoleConfig):
+    actor: str = "actors.rewards.exact_match:ExactMatchReward"
+    cpus: float = Field(0.1, ge=0)
+    timeout_s: float = Field(30.0, gt=0)
+    """Deadline of one `score` call; what misses it counts as `timeout`, its reward is NaN."""
+    max_error_rate: float = Field(0.1, ge=0, le=1)
+    """The run stops when a larger share of the last 256 scored completions ended in error or timeout."""
+
+
+class ReferenceConfig(RoleConfig):
+    actor: str = "actors.hf_reference:HFReference"
+    cpus: float = Field(0.2, ge=0)
+
+
+class LearnerConfig(RoleConfig):
+    """`replicas` is the number of data-parallel ranks."""
+
+    actor: str = "actors.deepspeed_learner:DeepSpeedLearner"
+    lr: float = Field(1e-6, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    max_tokens_per_micro_batch: int = Field(16384, ge=1)
+    """Upper bound of a micro-batch's prompt, completion and padding tokens."""
+    gradient_checkpointing: bool = False
+    deepspeed: dict[str, Any] = {}
+    """Passed through to DeepSpeed's configuration; the keys that the sections above set are refused."""
+
+    owned_deepspeed_keys: ClassVar[frozenset[str]] = frozenset(
+        {
+            "train_batch_size",
+            "train_micro_batch_size_per_gpu",
+            "gradient_accumulation_steps",
+            "gradient_clipping",
+            "optimizer",
+            "scheduler",
+            "bf16",
+            "fp16",
+        }
+    )
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _no_owned_key(cls, value: dict[str, Any]) -> dict[str, Any]:
+        owned = sorted(cls.owned_deepspeed_keys & value.keys())
+        if "stage" in value.get("zero_optimization", {}):
+            owned.append("zero_optimization.stage")
+        if owned:
+            raise ValueError(
+                f"{', '.join(owned)} follow from the learner and model sections. Remove from learner.deepspeed"
+            )
+        return value
+
+
+class _GateConfig(Section):
+    ratio_cap: float | None = Field(None, gt=1)
+    """Gate 0 where the advantage is negative and the ratio is above this (dual-clip PPO's gradient, arXiv:1912.09729)."""
+    old_policy: Literal["behaviour"] = "behaviour"
+    """What the ratio is measured against: the policy that sampled the token."""
+
+
+class MaspoConfig(_GateConfig):
+    """arXiv:2602.17550, section 3; the clamps are the released implementation's."""
+
+    kind: Literal["maspo"] = "maspo"
+    sigma_base: float = Field(1.0, gt=0)
+    alpha: float = Field(0.3, ge=0)
+    """0.5 suits models of 1.5B parameters and fewer."""
+    sigma_max: float = Field(10.0, gt=0)
+    beta_pos: float = Field(0.03, ge=0)
+    beta_neg: float = Field(0.03, ge=0)
+    risk_min: float = Field(0.1, gt=0)
+    risk_max: float = Field(10.0, gt=0)
+
+    @model_validator(mode="after")
+    def _ordered_bounds(self) -> Self:
+        if self.sigma_max < self.sigma_base:
+            raise ValueError(
+                f"sigma_max is {self.sigma_max}; it must be at least sigma_base ({self.sigma_base}). Raise it."
+            )
+        if self.risk_max < self.risk_min:
+            raise ValueError(f"risk_max is {self.risk_max}; it must be at least risk_min ({self.risk_min}). Raise it.")
+        return self
+
+
+class GrpoConfig(_GateConfig):
+    """The hard clip of PPO as GRPO uses it, arXiv:2402.03300."""
+
+    kind: Literal["grpo"] = "grpo"
+    epsilon: float = Field(0.2, gt=0, lt=1)
+
+
+ObjectiveConfig = Annotated[MaspoConfig | GrpoConfig, Field(discriminator="kind")]
+
+
+class AdvantageConfig(Section):
+    kind: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
+
+
+class KLConfig(Section):
+    coef: float = Field(0.0, ge=0)
+    """Weight of the KL to the reference policy in the loss; the reference actors start only above 0."""
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+
+
+class PipelineConfig(Section):
+    steps: int = Field(100, ge=1)
+    """Optimizer steps in all."""
+    groups_per_step: int = Field(16, ge=1)
+    """Groups that one optimizer step trains on (B)."""
+    max_staleness: int = Field(1, ge=0)
+    """Weight versions that a trained token may be behind the learner (η); 0 is on-policy and synchronous."""
+    parity_every: int = Field(10, ge=0)
+    """Steps between checks that learner and rollout engine agree; 0 checks at start only."""
+    parity_bound: float | None = Field(None, gt=0)
+    """Largest |Δ log-prob| allowed; by default 1e-3 in float32 and 1.0 in bfloat16."""
+    parity_prompts: int = Field(4, ge=1)
+    filter_zero_variance: bool = True
+    """Groups whose rewards are all equal carry no gradient: filter and refill them."""
+    setup_timeout_s: float = Field(900.0, gt=0)
+    weight_sync_timeout_s: float = Field(300.0, gt=0)
+    step_timeout_s: float = Field(3600.0, gt=0)
+
+
+class PlacementConfig(Section):
+    nodes: int | None = Field(None, ge=1)
+    """Nodes that `maspo check` plans for; by default this machine. A run plans for the cluster that it finds."""
+    gpus_per_node: float = Field(0.0, ge=0)
+    cpus_per_node: float | None = Field(None, gt=0)
+    address: str | None = None
+    """Ray address; by default RAY_ADDRESS (a submitted job has it), else a Ray of the run's own."""
+    wait_s: float = Field(10.0, gt=0)
+    """How long to wait for the cluster to register what the plan needs."""
+    object_store_gib: float = Field(0.5, gt=0)
+    """Object store of a Ray of the run's own."""
+
+
+class EvalConfig(Section):
+    every: int = Field(20, ge=0)
+    """Steps between evaluations; 0 evaluates before and after training only."""
+    samples: int = Field(1, ge=1)
+    """Completions for each held-out prompt (k)."""
+    temperature: float = Field(1.0, gt=0)
+    name: str = "heldout"
+    """Written as `set` in eval.jsonl."""
+
+
+class CheckpointConfig(Section):
+    every: int = Field(0, ge=0)
+    """Steps between Hugging Face models saved under RUN_DIR/checkpoints; 0 saves the final model only."""
+    save_final: bool = True
+
+
+class LoggingConfig(Section):
+    tensorboard: bool = True
+    progress: Literal["auto", "plain", "off"] = "auto"
+    """`auto` is a live display on a terminal and plain lines elsewhere."""
+    curves: bool = True
