@@ -97,7 +97,9 @@ class RoleConfig(Section):
     gpus: float = Field(0.0, ge=0)
     """Per actor; a fraction shares a GPU, more than 1 must be whole."""
     cpus: float = Field(1.0, ge=0)
-    """Per actor; fractions allowed. Also the number of threads of its engine, at least 1."""
+    """Per actor; fractions allowed."""
+    threads: int | None = Field(None, ge=1)
+    """Of an actor's engine on CPU; by default its whole CPUs, at least 1."""
     args: dict[str, Any] = {}
     """Keyword arguments of the actor's constructor, besides what its protocol gives it."""
 
@@ -138,6 +140,8 @@ class RolloutConfig(RoleConfig):
     def _temperature_above_zero(cls, value: float) -> float:
         if value <= 0:
             raise ValueError("a greedy policy has no log-probs to learn from, so it must be above 0. Set it to 1.0")
+        if value > 2:
+            raise ValueError("vLLM samples at temperatures up to 2. Set it to 1.0")
         return value
 
 
@@ -190,7 +194,12 @@ class LearnerConfig(RoleConfig):
     @classmethod
     def _no_owned_key(cls, value: dict[str, Any]) -> dict[str, Any]:
         owned = sorted(cls.owned_deepspeed_keys & value.keys())
-        if "stage" in value.get("zero_optimization", {}):
+        zero = value.get("zero_optimization", {})
+        if not isinstance(zero, dict):
+            raise ValueError(
+                "its zero_optimization must be a section of keys. Set learner.zero_stage for the stage alone"
+            )
+        if "stage" in zero:
             owned.append("zero_optimization.stage")
         if owned:
             raise ValueError(
@@ -287,7 +296,7 @@ class EvalConfig(Section):
     """Steps between evaluations; 0 evaluates before and after training only."""
     samples: int = Field(1, ge=1)
     """Completions for each held-out prompt (k)."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, gt=0, le=2)
     name: str = "heldout"
     """Written as `set` in eval.jsonl."""
 

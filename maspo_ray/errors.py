@@ -73,6 +73,10 @@ def describe_flag_error(message: str, root: type[BaseModel]) -> str:
 
 
 def _unknown_key(path: str, subject: str, root: type[BaseModel]) -> str:
-    near = difflib.get_close_matches(path, list(field_paths(root)), n=1, cutoff=0.6)
+    if path in (known := list(field_paths(root))):
+        return (
+            f"{subject}; another kind has this key. Set {path.rpartition('.')[0]}.kind to that one, or remove the key."
+        )
+    near = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
     remedy = f"Did you mean {near[0]}?" if near else "Remove it."
     return f"{subject}; there is no such key. {remedy}"

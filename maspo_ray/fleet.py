@@ -49,14 +49,14 @@ class Fleet:
                 num_gpus=slot.gpus,
                 scheduling_strategy=reservation.strategy(slot),
                 max_concurrency=_MAX_CALLS if is_async else 1,
-                runtime_env={"env_vars": actor_environment(slot)},
+                runtime_env={"env_vars": actor_environment(slot, self._threads(slot))},
             )
             .remote(**arguments)
         )
 
     def _blueprint(self, slot: Slot) -> tuple[type, dict[str, Any], bool]:
         """Returns the class to start in a slot, its constructor's arguments, and whether its methods are coroutines."""
-        config, threads = self._config, threads_of(slot)
+        config, threads = self._config, self._threads(slot)
         section = getattr(config, slot.role)
         if slot.role == "reward":
             arguments = {
@@ -89,6 +89,10 @@ class Fleet:
                 "seed": config.seed,
             }
         return self._classes[slot.role], {**arguments, **section.args}, slot.role == "rollout"
+
+    def _threads(self, slot: Slot) -> int:
+        """Returns how many threads an engine gets: what its section says, or its share of CPUs."""
+        return getattr(self._config, slot.role).threads or max(1, int(slot.cpus))
 
     async def setup(self, note: Callable[[str], None]) -> None:
         """Sets up all actors at once and opens the weight-transfer group."""
@@ -153,15 +157,10 @@ async def named(what: str, call: Awaitable[Any]) -> Any:
         raise RunError(f"{what}: the actor died: {' '.join(str(error).split())}") from None
 
 
-def threads_of(slot: Slot) -> int:
-    """Returns how many threads an engine gets for its share of CPUs."""
-    return max(1, int(slot.cpus))
-
-
-def actor_environment(slot: Slot) -> dict[str, str]:
+def actor_environment(slot: Slot, threads: int) -> dict[str, str]:
     """Returns the environment that an actor's process starts with; what must be set before an engine is imported."""
     environment = {
-        "OMP_NUM_THREADS": str(threads_of(slot)),
+        "OMP_NUM_THREADS": str(threads),
         # Where the driver finds the user's modules the actor must find them too.
         "PYTHONPATH": os.pathsep.join(dict.fromkeys([os.getcwd(), *filter(None, sys.path)])),
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),

@@ -56,7 +56,8 @@ def load_actor_class(role: str, dotted_path: str) -> type:
             ) from None
         raise ConfigError(f"{field}; importing it fails: {error}. Install what it imports.") from None
     except Exception as error:
-        raise ConfigError(f"{field}; importing it fails: {type(error).__name__}: {error}. Mend the module.") from error
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(f"{field}; importing it fails: {cause}. Mend the module.") from error
     actor_class = getattr(module, class_name, None)
     if not inspect.isclass(actor_class):
         raise ConfigError(f"{field}; module {module_name} has no class {class_name}. Name one that it has.")

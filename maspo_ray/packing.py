@@ -61,7 +61,7 @@ def cut_micro_batches(lengths: Sequence[int], ranks: int, max_tokens: int) -> li
         else:
             cut.append([i])
     while len(cut) % ranks:
-        heaviest = max(cut, key=lambda rows: (len(rows) > 1, lengths[rows[0]] * len(rows)))
+        heaviest = max(cut, key=lambda rows: (len(rows) > 1, lengths[rows[0]] * len(rows) if rows else 0))
         if len(heaviest) == 1:
             cut.append([])
             continue

@@ -34,16 +34,25 @@ class RewardHost:
         """Returns a verdict for each completion."""
         try:
             given = await self._call(prompt, completions)
-            if len(given) != len(completions):
-                raise ValueError(f"score returned {len(given)} verdicts for {len(completions)} completions")
-            return [_verdict(value) for value in given]
         except TimeoutError:
             cause = f"no verdict within reward.timeout_s ({self._timeout_s:g} s)"
             return [Verdict.unscored(Outcome.TIMEOUT, cause) for _ in completions]
+        except (asyncio.CancelledError, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            # The user's code: whatever it raises, also what is no Exception (`sys.exit`, some libraries' time limits), costs
+            # its completion, and the controller counts it.
+            if len(completions) > 1:
+                # An error ends the whole call; alone, each completion has only its own to answer for.
+                return [verdict for completion in completions for verdict in await self.score(prompt, [completion])]
+            return [_failed(error)]
+        try:
+            if len(given) != len(completions):
+                raise ValueError(f"score returned {len(given)} verdicts for {len(completions)} completions")
+            return [_verdict(value) for value in given]
         except Exception as error:
-            # The user's code: any error costs these completions, and the controller counts it.
-            cause = f"{type(error).__name__}: {error}"
-            return [Verdict.unscored(Outcome.ERROR, cause) for _ in completions]
+            # The user's values: of any type, and what they are asked may raise anything.
+            return [_failed(error) for _ in completions]
 
     async def _call(self, prompt: Prompt, completions: Sequence[Completion]) -> Sequence[Verdict | float]:
         if inspect.iscoroutinefunction(self._reward.score):
@@ -51,16 +60,22 @@ class RewardHost:
         async with self._free:
             call = asyncio.get_running_loop().run_in_executor(self._thread, self._reward.score, prompt, completions)
             try:
-                return await asyncio.wait_for(call, self._timeout_s)
+                given = await asyncio.wait_for(call, self._timeout_s)
             except TimeoutError:
                 self._thread.shutdown(wait=False)
                 self._thread = ThreadPoolExecutor(max_workers=1)
                 raise
+        return await asyncio.wait_for(given, self._timeout_s) if inspect.isawaitable(given) else given
+
+
+def _failed(error: BaseException) -> Verdict:
+    return Verdict.unscored(Outcome.ERROR, " ".join(f"{type(error).__name__}: {error}".split()))
 
 
 def _verdict(value: Verdict | float) -> Verdict:
-    if isinstance(value, Verdict):
+    if isinstance(value, Verdict) and value.outcome is not Outcome.SCORED:
         return value
-    if not math.isfinite(value):
-        return Verdict.unscored(Outcome.ERROR, f"score returned {value}; raise where a completion cannot be scored")
-    return Verdict.from_reward(value)
+    reward = value.reward if isinstance(value, Verdict) else value
+    if not math.isfinite(reward):
+        return Verdict.unscored(Outcome.ERROR, f"score returned {reward}; raise where a completion cannot be scored")
+    return value if isinstance(value, Verdict) else Verdict.from_reward(value)

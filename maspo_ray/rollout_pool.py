@@ -6,6 +6,7 @@ tokens, so that they share the prompt's prefill; a reward that fails costs its o
 
 import asyncio
 import itertools
+import logging
 from collections import deque
 from collections.abc import Sequence
 from time import monotonic
@@ -15,6 +16,8 @@ from maspo_ray.errors import RunError
 from maspo_ray.experience import CompletionFacts, Outcome, Rollout, Verdict
 from maspo_ray.fleet import named
 from maspo_ray.idle import IdleMeter
+
+_log = logging.getLogger(__name__)
 
 _WINDOW = 256
 _FEWEST_TO_JUDGE = 32
@@ -35,6 +38,9 @@ class ErrorWatch:
         if not failed:
             return
         self.errors += 1
+        if self.errors.bit_count() == 1:
+            # At the first, second, fourth, eighth …: a cause that repeats must not drown the rest.
+            _log.warning("completions that could not be scored: %d; the latest: %s", self.errors, verdict.cause)
         self._first_cause = self._first_cause or verdict.cause
         share = sum(self._recent) / len(self._recent)
         if len(self._recent) >= _FEWEST_TO_JUDGE and share > self._max_error_rate:

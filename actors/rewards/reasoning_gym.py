@@ -17,12 +17,16 @@ class ReasoningGymReward:
     Most tasks give part of the reward to an answer with something around it.
     """
 
-    def __init__(self, threshold: float = 0.99, answer_pattern: str | None = None) -> None:
+    def __init__(
+        self, threshold: float = 0.99, answer_pattern: str | None = None, binary: bool = False
+    ) -> None:
         """Args:
         threshold: score from which a completion counts as correct.
         answer_pattern: regular expression with one group; a completion without a match has no answer.
+        binary: reward 1 from the threshold on and 0 below, as MASPO's risk control assumes, instead of the score.
         """
         self._threshold = threshold
+        self._binary = binary
         self._regex = None if answer_pattern is None else answer_regex(answer_pattern, "reward.args.answer_pattern")
         self._scorers: dict[str, Scorer] = {}
 
@@ -41,8 +45,11 @@ class ReasoningGymReward:
                 f"prompt {prompt.prompt_id} has no reasoning-gym entry; this reward needs data of kind reasoning_gym"
             )
         scorer = self._scorer(prompt.metadata)
-        rewards = [_score(scorer, self._answer(completion.text), entry) for completion in completions]
-        return [Verdict(reward, correct=reward >= self._threshold) for reward in rewards]
+        scores = [_score(scorer, self._answer(completion.text), entry) for completion in completions]
+        return [self._verdict(score, correct=score >= self._threshold) for score in scores]
+
+    def _verdict(self, score: float, correct: bool) -> Verdict:
+        return Verdict(float(correct) if self._binary else score, correct)
 
     def _answer(self, text: str) -> str | None:
         if self._regex is not None:

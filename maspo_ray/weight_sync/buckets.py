@@ -38,18 +38,19 @@ class Bucket:
 
 
 def cut_buckets(parameters: Iterable[tuple[str, torch.dtype, Sequence[int]]], bucket_bytes: int) -> list[Bucket]:
-    """Returns buckets of at most `bucket_bytes`, in the order given; a larger parameter has a bucket to itself."""
+    """Returns buckets of at most `bucket_bytes`, padding counted, in the order given; a larger parameter has one to itself."""
     buckets: list[Bucket] = []
     entries: list[Entry] = []
     end = 0
     for name, dtype, shape in parameters:
         entry = Entry(name, dtype, tuple(shape), end)
-        if entries and end + entry.num_bytes > bucket_bytes:
+        padded_bytes = -(-entry.num_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        if entries and end + padded_bytes > bucket_bytes:
             buckets.append(Bucket(tuple(entries), end))
             entries, end = [], 0
             entry = Entry(name, dtype, tuple(shape), 0)
         entries.append(entry)
-        end += -(-entry.num_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        end += padded_bytes
     if entries:
         buckets.append(Bucket(tuple(entries), end))
     return buckets

@@ -1,0 +1,161 @@
+"""`maspo train` as a user runs it: real engines, from the config to the run folder, and every way that a run ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.engine, pytest.mark.ray]
+
+# What a random model earns often enough that groups have a signal, and a reward that never works.
+REWARDS = """
+class EvenReward:
+    async def score(self, prompt, completions):
+        return [float(sum(completion.token_ids) % 2 == 0) for completion in completions]
+
+
+class FailingReward:
+    def score(self, prompt, completions):
+        raise ValueError("the verifier is out of order")
+"""
+
+
+def _config(folder: Path, model: str, **sections: dict[str, object]) -> Path:
+    rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(10, 30) for b in range(10, 30)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"kind": "jsonl", "path": str(folder / "data.jsonl")}
+    tree: dict[str, dict[str, object]] = {
+        "model": {"path": model, "dtype": "float32"},
+        "data": {
+            "train": source,
+            "eval": {**source, "limit": 16},
+            "chat_template": False,
+            "max_prompt_tokens": 8,
+        },
+        "rollout": {"group_size": 4, "max_new_tokens": 4, "kv_cache_gib": 0.06},
+        "reward": {"actor": "my_rewards:EvenReward"},
+        "reference": {"cpus": 0.1},
+        "learner": {"cpus": 0.8, "lr": 1e-3},
+        "kl": {"coef": 0.01},
+        "pipeline": {"steps": 4, "groups_per_step": 4, "parity_every": 1, "filter_zero_variance": False},
+        "eval": {"every": 2},
+    }
+    for name, section in sections.items():
+        tree[name] = {**tree.get(name, {}), **section}
+    (folder / "my_rewards.py").write_text(REWARDS)
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump({**tree, "run_dir": str(folder / "run")}))
+    return path
+
+
+class _Run:
+    """A `maspo train` in a process of its own, and every process that it was ever seen to start."""
+
+    def __init__(self, config: Path) -> None:
+        environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "maspo_ray", "train", str(config)],
+            cwd=config.parent,
+            env={**environment, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self.started: dict[int, psutil.Process] = {}
+
+    def look(self) -> None:
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            self.started.setdefault(child.pid, child)
+
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline and self.process.poll() is None and not condition():
+            self.look()
+            time.sleep(0.1)
+
+    def finish(self, timeout_s: float) -> tuple[int, str, str]:
+        self.wait_until(lambda: False, timeout_s)
+        out, err = self.process.communicate(timeout=5)
+        return self.process.returncode, out, err
+
+    def left(self) -> list[str]:
+        """Returns what is still there of the processes that the run started."""
+        _, alive = psutil.wait_procs(list(self.started.values()), timeout=2)
+        return [f"{p.pid} {p.name()}" for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def _rows(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_train_runs_all_four_actors_and_leaves_a_whole_run_folder(tiny_model: str, tmp_path: Path) -> None:
+    run = _Run(_config(tmp_path, tiny_model))
+    code, out, err = run.finish(timeout_s=150)
+    assert code == 0, err
+    folder = tmp_path / "run"
+    metrics, ledger, evals = (_rows(folder / f"{name}.jsonl") for name in ("metrics", "ledger", "eval"))
+    assert [row["step"] for row in metrics] == [1, 2, 3, 4]
+    for row in metrics:
+        assert 0 <= row["staleness/max"] <= 1
+        assert row["parity/max"] < 1e-3
+        assert row["objective/kl"] >= 0
+        assert 0 <= row["time/learner_wait_share"] <= 1
+    assert metrics[0]["learner/grad_norm"] > 0
+    assert [row["step"] for row in evals] == [0, 2, 4]
+    assert all(row["set"] == "heldout" and row["num_prompts"] == 16 for row in evals)
+    assert len({row["group_id"] for row in ledger}) == len(ledger)
+    assert [row["outcome"] for row in ledger].count("trained") == 16
+    assert {row["step"] for row in ledger if row["outcome"] == "trained"} == {1, 2, 3, 4}
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["groups"]["submitted"] == len(ledger)
+    assert not summary["interrupted"]
+    assert {"config.yaml", "curves.png", "final", "tensorboard"} <= {path.name for path in folder.iterdir()}
+    assert (folder / "final" / "model.safetensors").exists()
+    assert list((folder / "tensorboard").iterdir())
+    assert "Run finished: 4 steps" in out
+    assert run.left() == []
+
+
+def test_train_interrupted_stops_within_15_s_and_says_what_was_saved(tiny_model: str, tmp_path: Path) -> None:
+    run = _Run(_config(tmp_path, tiny_model, pipeline={"steps": 10_000}, checkpoint={"every": 1}))
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    run.wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2, timeout_s=120)
+    # As a terminal does it: to every process of the group.
+    os.killpg(run.process.pid, signal.SIGINT)
+    interrupted = time.monotonic()
+    code, out, err = run.finish(timeout_s=30)
+    assert time.monotonic() - interrupted < 15
+    assert code == 130, err
+    assert "Run interrupted after" in out
+    assert "metrics.jsonl" in out
+    assert "checkpoints/step_" in out
+    assert "Traceback" not in err
+    ledger = _rows(tmp_path / "run" / "ledger.jsonl")
+    counts = json.loads((tmp_path / "run" / "summary.json").read_text())["groups"]
+    assert (
+        counts["submitted"] == len(ledger) == sum(counts[name] for name in ("trained", "filtered", "stale", "failed"))
+    )
+    assert run.left() == []
+
+
+def test_train_reward_that_raises_stops_the_run_with_the_first_cause(tiny_model: str, tmp_path: Path) -> None:
+    run = _Run(_config(tmp_path, tiny_model, reward={"actor": "my_rewards:FailingReward"}))
+    code, _, err = run.finish(timeout_s=120)
+    assert code == 1
+    [line] = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "reward.max_error_rate" in line
+    assert "the first cause was: ValueError: the verifier is out of order" in line
+    assert "Traceback" not in err
+    ledger = _rows(tmp_path / "run" / "ledger.jsonl")
+    assert {row["outcome"] for row in ledger} <= {"failed"}
+    assert run.left() == []

@@ -1,0 +1,159 @@
+"""The learner on a real DeepSpeed engine, on one rank and on two, against plain PyTorch."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from transformers import AutoModelForCausalLM
+
+from actors.deepspeed_learner import DeepSpeedLearner
+from maspo_ray.config import KLConfig, LearnerConfig, MaspoConfig, ModelConfig
+from maspo_ray.experience import Completion, CompletionFacts, Experience, Group, Prompt, Rollout, Verdict, VersionSpan
+from maspo_ray.objectives import policy_loss
+from maspo_ray.packing import pack
+from maspo_ray.tensor_ops import kl_estimate
+
+pytestmark = [pytest.mark.engine, pytest.mark.ray]
+TEMPERATURE, KL, LR, STEPS = 0.8, 0.1, 1e-3, 3
+PROBE = np.arange(3, 19, dtype=np.int32)
+
+
+def _batch(seed: int, groups: int = 4, n: int = 3) -> tuple[list[Experience], list[tuple[Any, ...]]]:
+    """Returns experiences of random tokens, and (prompt, completion, old, reference, advantage) of each rollout."""
+    rng = np.random.default_rng(seed)
+    experiences, rows = [], []
+    for group_id in range(groups):
+        prompt = Prompt(str(group_id), "", rng.integers(3, 60, size=rng.integers(2, 6)).astype(np.int32), "")
+        lengths = rng.integers(1, 12, size=n)
+        completions = [
+            Completion(
+                rng.integers(3, 60, size=k).astype(np.int32),
+                (-4 + rng.normal(size=k) * 0.3).astype(np.float32),
+                (VersionSpan(0, 0, int(k)),),
+                "stop",
+                "",
+            )
+            for k in lengths
+        ]
+        references = [(-4 + rng.normal(size=k) * 0.3).astype(np.float32) for k in lengths]
+        advantages = tuple(float(a) for a in rng.normal(size=n))
+        payload = ray.put(completions)
+        rollouts = tuple(
+            Rollout(payload, i, CompletionFacts.of(c), Verdict.from_reward(1.0)) for i, c in enumerate(completions)
+        )
+        group = Group(group_id, prompt.prompt_id, ray.put(prompt), len(prompt.token_ids), 0, rollouts)
+        experiences.append(Experience(group, advantages, ray.put(references)))
+        rows += zip([prompt] * n, completions, references, advantages, strict=True)
+    return experiences, rows
+
+
+def _expected(model_path: str, batches: list[list[tuple[Any, ...]]]) -> tuple[np.ndarray, list[float]]:
+    """Returns the probe's log-probs and the losses of the same steps, sequence by sequence in plain PyTorch."""
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    losses = []
+    for rows in batches:
+        total = torch.zeros(())
+        for prompt, completion, reference, advantage in rows:
+            ids = torch.from_numpy(np.concatenate([prompt.token_ids, completion.token_ids]).astype(np.int64))
+            logits = model(ids[None]).logits[0, len(prompt.token_ids) - 1 : -1] / TEMPERATURE
+            logprobs = logits.log_softmax(-1).gather(1, ids[len(prompt.token_ids) :, None])[:, 0]
+            old = torch.from_numpy(completion.logprobs)
+            advantages = torch.full_like(old, advantage)
+            total = total + policy_loss(logprobs, old, advantages, MaspoConfig()).token_loss.sum()
+            total = total + KL * kl_estimate(logprobs, torch.from_numpy(reference), "k3").sum()
+        loss = total / sum(len(completion.token_ids) for _, completion, _, _ in rows)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    with torch.no_grad():
+        row = torch.from_numpy(PROBE.astype(np.int64))[None]
+        logprobs = model(row).logits[0, :-1].log_softmax(-1).gather(1, row[0, 1:, None])[:, 0].numpy()
+    return logprobs, losses
+
+
+def _start(model_path: str, ranks: int, zero_stage: int, max_tokens: int) -> list[Any]:
+    actors = [
+        ray.remote(DeepSpeedLearner)
+        .options(num_cpus=0.5)
+        .remote(
+            model=ModelConfig(path=model_path, dtype="float32"),
+            learner=LearnerConfig(lr=LR, zero_stage=zero_stage, replicas=ranks, max_tokens_per_micro_batch=max_tokens),
+            objective=MaspoConfig(),
+            kl=KLConfig(coef=KL),
+            temperature=TEMPERATURE,
+            total_steps=STEPS,
+            rank=rank,
+            world_size=ranks,
+            threads=1,
+            seed=0,
+        )
+        for rank in range(ranks)
+    ]
+    rendezvous = ray.get(actors[0].rendezvous.remote())
+    ray.get([actor.setup.remote(*rendezvous) for actor in actors])
+    return actors
+
+
+def _run(actors: Sequence[Any], batches: Sequence[list[Experience]], max_tokens: int) -> list[dict[str, float]]:
+    metrics = []
+    for experiences in batches:
+        plans = pack(experiences, len(actors), max_tokens)
+        # A world of 1 in disguise would see the batch of one rank only; the shares must differ and both be there.
+        assert sum(len(plan.items) for plan, _ in plans) == 12
+        assert all(plan.items for plan, _ in plans)
+        calls = [
+            actor.train_step.remote(plan, *payloads) for actor, (plan, payloads) in zip(actors, plans, strict=True)
+        ]
+        metrics.append(ray.get(calls)[0])
+    return metrics
+
+
+@pytest.mark.parametrize(
+    ("ranks", "zero_stage", "max_tokens"), [(1, 1, 4096), (2, 0, 40), (2, 3, 24)], ids=["one", "two", "two_zero3"]
+)
+def test_learner_steps_equal_plain_pytorch_for_any_cut(
+    tiny_model: str, own_ray: None, tmp_path: Path, ranks: int, zero_stage: int, max_tokens: int
+) -> None:
+    batches = [_batch(seed) for seed in range(STEPS)]
+    expected, losses = _expected(tiny_model, [rows for _, rows in batches])
+    actors = _start(tiny_model, ranks, zero_stage, max_tokens)
+    try:
+        metrics = _run(actors, [experiences for experiences, _ in batches], max_tokens)
+        assert [m["loss"] for m in metrics] == pytest.approx(losses, rel=1e-4)
+        if zero_stage > 0:
+            assert all(m["learner/grad_norm"] > 0 for m in metrics)
+        [scored] = ray.get([actor.token_logprobs.remote([PROBE]) for actor in actors])[0]
+        assert np.abs(scored - expected).max() < 1e-4
+        ray.get([actor.save.remote(str(tmp_path / "saved")) for actor in actors])
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    with torch.no_grad():
+        row = torch.from_numpy(PROBE.astype(np.int64))[None]
+        again = saved(row).logits[0, :-1].log_softmax(-1).gather(1, row[0, 1:, None])[:, 0].numpy()
+    assert np.abs(again - expected).max() < 1e-4
+    assert (tmp_path / "saved" / "tokenizer.json").exists()
+
+
+def test_learner_loss_that_is_not_finite_is_not_applied(tiny_model: str, own_ray: None) -> None:
+    experiences, _ = _batch(0)
+    [first, *rest] = experiences
+    broken = [Experience(first.group, (float("nan"),) * 3, first.reference_logprobs), *rest]
+    [actor] = _start(tiny_model, 1, 1, 4096)
+    try:
+        before = ray.get(actor.token_logprobs.remote([PROBE]))[0]
+        [(plan, payloads)] = pack(broken, 1, 4096)
+        with pytest.raises(ray.exceptions.RayTaskError, match="the loss is nan; the step was not applied"):
+            ray.get(actor.train_step.remote(plan, *payloads))
+        after = ray.get(actor.token_logprobs.remote([PROBE]))[0]
+        assert np.array_equal(before, after)
+    finally:
+        ray.kill(actor)

@@ -1,0 +1,127 @@
+"""What the engines are started with: the config's values under the engines' own names, and what a user may add to them."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from actors.vllm_rollout import cpu_environment, engine_arguments
+from maspo_ray.config import LearnerConfig, ModelConfig, RolloutConfig
+
+MODEL = ModelConfig(path="org/model", dtype="float32", trust_remote_code=True)
+
+
+def _arguments(rollout: RolloutConfig) -> dict[str, Any]:
+    return engine_arguments(MODEL, rollout, max_model_tokens=32, seed=5)
+
+
+def test_engine_arguments_on_cpu() -> None:
+    assert _arguments(RolloutConfig(max_concurrent_requests=64, kv_cache_gib=0.25)) == {
+        "model": "org/model",
+        "dtype": "float32",
+        "trust_remote_code": True,
+        "seed": 5,
+        "max_model_len": 33,
+        "max_num_seqs": 64,
+        "logprobs_mode": "processed_logprobs",
+        "generation_config": "vllm",
+        "weight_transfer_config": {"backend": "gloo"},
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+        "worker_extension_cls": "maspo_ray.weight_sync.gloo_engine.GlooWorkerExtension",
+        "kv_cache_memory_bytes": 268435456,  # 0.25 · 2^30
+        "enforce_eager": True,
+    }
+
+
+def test_engine_arguments_on_gpu_leave_the_cpu_engines_out() -> None:
+    cpu, gpu = _arguments(RolloutConfig()), _arguments(RolloutConfig(gpus=1))
+    assert gpu.keys() - cpu.keys() == {"tensor_parallel_size"}
+    assert cpu.keys() - gpu.keys() == {"worker_extension_cls", "kv_cache_memory_bytes", "enforce_eager"}
+    assert gpu["weight_transfer_config"] == {"backend": "nccl"}
+
+
+@pytest.mark.parametrize(("gpus", "parallel"), [(0.5, 1), (1, 1), (4, 4)])
+def test_engine_arguments_split_the_model_over_the_actors_gpus(gpus: float, parallel: int) -> None:
+    assert _arguments(RolloutConfig(gpus=gpus))["tensor_parallel_size"] == parallel
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_engine_arguments_of_the_user_have_the_last_word(gpus: float) -> None:
+    engine = {"enforce_eager": False, "max_num_seqs": 3, "gpu_memory_utilization": 0.5}
+    arguments = _arguments(RolloutConfig(gpus=gpus, engine=engine))
+    assert {name: arguments[name] for name in engine} == engine
+
+
+def test_cpu_environment_gives_the_engine_its_threads_only() -> None:
+    assert cpu_environment(2) == {
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "2",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("gpus", [0, 2])
+def test_engine_arguments_are_ones_that_vllm_has(gpus: float) -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    assert _arguments(RolloutConfig(gpus=gpus)).keys() <= {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+
+
+@pytest.mark.engine
+def test_worker_extension_is_where_the_arguments_say() -> None:
+    from maspo_ray.weight_sync.gloo_engine import GlooWorkerExtension
+
+    name = f"{GlooWorkerExtension.__module__}.{GlooWorkerExtension.__qualname__}"
+    assert _arguments(RolloutConfig())["worker_extension_cls"] == name
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(("dtype", "bf16"), [("float32", False), ("bfloat16", True)])
+def test_deepspeed_config_follows_from_the_sections(dtype: Any, bf16: bool) -> None:
+    from actors.deepspeed_engine import deepspeed_config
+
+    model = ModelConfig(path="org/model", dtype=dtype)
+    assert deepspeed_config(LearnerConfig(max_grad_norm=0.5, zero_stage=2), model) == {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": 0.5,
+        "bf16": {"enabled": bf16},
+        "zero_optimization": {"stage": 2},
+    }
+
+
+@pytest.mark.engine
+def test_deepspeed_config_of_the_user_is_added_and_leaves_the_stage() -> None:
+    from actors.deepspeed_engine import deepspeed_config
+
+    added = {"zero_optimization": {"overlap_comm": True}, "wall_clock_breakdown": True}
+    config = deepspeed_config(LearnerConfig(zero_stage=3, deepspeed=added), MODEL)
+    assert config["zero_optimization"] == {"overlap_comm": True, "stage": 3}
+    assert config["wall_clock_breakdown"] is True
+    # The config is frozen; what it holds must not be written into.
+    assert added == {"zero_optimization": {"overlap_comm": True}, "wall_clock_breakdown": True}
+
+
+@pytest.mark.engine
+def test_deepspeed_config_is_understood_by_deepspeed_as_it_is_meant() -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    from actors.deepspeed_engine import deepspeed_config
+
+    learner = LearnerConfig(max_grad_norm=0.25, zero_stage=3, deepspeed={"zero_optimization": {"overlap_comm": False}})
+    read = DeepSpeedConfig(deepspeed_config(learner, ModelConfig(path="org/model", dtype="bfloat16")))
+    assert (read.zero_optimization_stage, read.gradient_clipping) == (3, 0.25)
+    assert (read.bfloat16_config.enabled, read.gradient_accumulation_steps) == (True, 1)
+    assert read.zero_config.overlap_comm is False
+
+
+@pytest.mark.engine
+def test_deepspeed_config_sets_no_more_than_its_own_keys() -> None:
+    from actors.deepspeed_engine import deepspeed_config
+
+    own = deepspeed_config(LearnerConfig(), MODEL).keys()
+    # What it sets besides the keys that a user may not give is a stage, and the switch that a user has no use for.
+    assert own - LearnerConfig.owned_deepspeed_keys == {"zero_optimization", "managed_gradient_accumulation"}

@@ -1,0 +1,186 @@
+"""Dotted paths: what is loaded keeps its role's protocol; what is not there, or does not, is named."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from maspo_ray.config import RunConfig
+from maspo_ray.errors import ConfigError
+from maspo_ray.loading import PROTOCOLS, load_actor_class, load_classes, protocol_methods
+
+Write = Callable[[str], str]
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Write:
+    """Writes a user's module, importable for this test; returns its name."""
+    name = f"user_module_{abs(hash(request.node.name))}"
+    monkeypatch.syspath_prepend(tmp_path)
+    request.addfinalizer(lambda: sys.modules.pop(name, None))
+
+    def write(source: str) -> str:
+        (tmp_path / f"{name}.py").write_text(source)
+        return name
+
+    return write
+
+
+def _fault(role: str, dotted_path: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_actor_class(role, dotted_path)
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+# What loads.
+
+
+@pytest.mark.parametrize(
+    ("role", "dotted_path"),
+    [
+        ("rollout", "actors.vllm_rollout:VLLMRollout"),
+        ("reference", "actors.hf_reference:HFReference"),
+        ("learner", "actors.deepspeed_learner:DeepSpeedLearner"),
+        ("reward", "actors.rewards.exact_match:ExactMatchReward"),
+        ("reward", "actors.rewards.math_verify:MathVerifyReward"),
+        ("reward", "actors.rewards.reasoning_gym:ReasoningGymReward"),
+    ],
+)
+def test_load_built_in_actor_keeps_its_protocol(role: str, dotted_path: str) -> None:
+    assert load_actor_class(role, dotted_path).__name__ == dotted_path.partition(":")[2]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "def score(self, prompt, completions): ...",
+        "async def score(self, prompt, completions): ...",
+        "def score(self, p, c, limit=3): ...",
+        "def score(self, *everything): ...",
+    ],
+)
+def test_load_reward_of_the_users_own_in_any_signature_that_can_be_called(write: Write, method: str) -> None:
+    module = write(f"class R:\n    {method}\n")
+    assert load_actor_class("reward", f"{module}:R").__module__ == module
+
+
+def test_load_inherited_method_counts(write: Write) -> None:
+    module = write("class Base:\n    def score(self, prompt, completions): ...\nclass R(Base): ...\n")
+    assert load_actor_class("reward", f"{module}:R").__name__ == "R"
+
+
+def test_load_finds_a_module_in_the_folder_that_the_run_is_started_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "beside_the_config.py").write_text("class R:\n    def score(self, prompt, completions): ...\n")
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    monkeypatch.chdir(tmp_path)
+    try:
+        assert load_actor_class("reward", "beside_the_config:R").__name__ == "R"
+    finally:
+        sys.modules.pop("beside_the_config", None)
+
+
+@pytest.mark.parametrize(("coef", "roles"), [(0.0, {"rollout", "reward", "learner"}), (0.1, set(PROTOCOLS))])
+def test_load_classes_has_a_reference_only_with_kl(coef: float, roles: set[str]) -> None:
+    tree = {
+        "model": {"path": "org/model"},
+        "data": {"train": {"kind": "jsonl", "path": "rows.jsonl"}},
+        "kl": {"coef": coef},
+        # Never looked at without KL.
+        "reference": {"actor": "actors.hf_reference:HFReference" if coef else "no.such:Reference"},
+    }
+    assert set(load_classes(RunConfig.model_validate(tree))) == roles
+
+
+# What does not.
+
+
+@pytest.mark.parametrize("dotted_path", ["my_rewards.Reward", "my_rewards:", ":Reward", ""])
+def test_load_path_without_module_and_class_is_refused(dotted_path: str) -> None:
+    assert _fault("reward", dotted_path) == f"reward.actor is {dotted_path}; it must read module:Class. Write it so."
+
+
+@pytest.mark.parametrize(
+    ("dotted_path", "missing"),
+    [
+        ("no_such_module:R", "no_such_module"),
+        ("actors.no_such:R", "actors.no_such"),
+        ("no_such_module.inner:R", "no_such_module"),
+    ],
+)
+def test_load_missing_module_is_named(dotted_path: str, missing: str) -> None:
+    assert _fault("learner", dotted_path) == (
+        f"learner.actor is {dotted_path}; there is no module {missing}. "
+        "Run from the folder that holds it, or put it on PYTHONPATH."
+    )
+
+
+def test_load_module_that_imports_what_is_not_installed_names_that(write: Write) -> None:
+    module = write("import no_such_library\nclass R: ...\n")
+    assert _fault("reward", f"{module}:R") == (
+        f"reward.actor is {module}:R; importing it fails: No module named 'no_such_library'. Install what it imports."
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "cause"),
+    [
+        ("raise ValueError('first\\nsecond')", "ValueError: first second"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("class R(", "SyntaxError: '(' was never closed"),
+        ("from json import no_such_name", "ImportError: cannot import name 'no_such_name'"),
+    ],
+)
+def test_load_module_that_fails_is_one_line_with_the_cause(write: Write, source: str, cause: str) -> None:
+    module = write(source)
+    fault = _fault("reward", f"{module}:R")
+    assert fault.startswith(f"reward.actor is {module}:R; importing it fails: {cause}")
+    assert fault.endswith("Mend the module.")
+
+
+@pytest.mark.parametrize("source", ["", "R = 3", "def R(): ...", "r = 1\nclass Reward: ..."])
+def test_load_module_without_the_class_is_named(write: Write, source: str) -> None:
+    module = write(source)
+    assert _fault("reward", f"{module}:R") == (
+        f"reward.actor is {module}:R; module {module} has no class R. Name one that it has."
+    )
+
+
+@pytest.mark.parametrize(
+    ("role", "method"), [(role, name) for role, protocol in PROTOCOLS.items() for name in protocol_methods(protocol)]
+)
+def test_load_class_that_lacks_a_method_is_told_which(write: Write, role: str, method: str) -> None:
+    protocol = PROTOCOLS[role]
+    others = "".join(f"    {name} = P.{name}\n" for name in protocol_methods(protocol) if name != method)
+    module = write(f"from maspo_ray.protocols import {protocol.__name__} as P\nclass A:\n    x = 0\n{others}")
+    fault = _fault(role, f"{module}:A")
+    assert fault.startswith(
+        f"{role}.actor is {module}:A; the class has no method {method}, which {protocol.__name__} needs. Add {method}(self"
+    )
+
+
+@pytest.mark.parametrize(
+    "method", ["def score(self, prompt): ...", "def score(self, prompt, completions, *, limit): ...", "score = 3"]
+)
+def test_load_method_that_cannot_be_called_is_refused(write: Write, method: str) -> None:
+    module = write(f"class R:\n    {method}\n")
+    fault = _fault("reward", f"{module}:R")
+    if method == "score = 3":
+        assert "the class has no method score" in fault
+    else:
+        assert "cannot be called as RewardActor says. Give it the signature score(self, prompt" in fault
+
+
+def test_load_method_without_a_keyword_that_the_framework_passes_is_refused(write: Write) -> None:
+    module = write(
+        "from maspo_ray.protocols import RolloutActor as P\n"
+        "class A:\n"
+        + "".join(f"    {name} = P.{name}\n" for name in protocol_methods(PROTOCOLS["rollout"]) if name != "generate")
+        + "    async def generate(self, prompt, *, temperature, max_new_tokens): ...\n"
+    )
+    assert "its method generate(self, prompt, *, temperature, max_new_tokens) cannot be called" in _fault(
+        "rollout", f"{module}:A"
+    )
