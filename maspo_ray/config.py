@@ -164,7 +164,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"config is {path}; there is no such file. Give the path of a YAML file.")
     try:
         tree = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1})" if mark else ""
         raise ConfigError(f"config is {path}; it is not YAML{where}. Mend the file.") from None

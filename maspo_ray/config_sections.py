@@ -182,6 +182,7 @@ class LearnerConfig(RoleConfig):
             "train_batch_size",
             "train_micro_batch_size_per_gpu",
             "gradient_accumulation_steps",
+            "managed_gradient_accumulation",
             "gradient_clipping",
             "optimizer",
             "scheduler",

@@ -278,7 +278,7 @@ def wait_for_cluster(demands: Sequence[RoleDemand], wait_s: float) -> Plan:
     """Returns the first plan that fits the nodes registered by then.
 
     Raises:
-        ConfigError: none fits after `wait_s`; says what had registered against what is needed.
+        ConfigError: none fits after `wait_s`; says what had registered against what is needed, if there was a wait.
     """
     start, logged_at = time.monotonic(), -math.inf
     while True:
@@ -288,6 +288,9 @@ def wait_for_cluster(demands: Sequence[RoleDemand], wait_s: float) -> Plan:
             return plan(demands, nodes)
         except ConfigError as error:
             fault = error
+        if wait_s == 0:
+            # A Ray of the run's own: no node will join it.
+            raise fault
         against = f"registered: {_count(len(nodes), 'node')}, {_totals(nodes)}; needed: {_needed(demands)}"
         if waited_s >= wait_s:
             raise ConfigError(

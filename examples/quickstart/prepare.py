@@ -2,8 +2,8 @@
 
 The task is to add two numbers of two digits: prompt `37+48=`, answer `85`. Every eighth pair of numbers is held out: neither the
 warm-up nor the training ever sees it. The model is a Llama of 0.8M parameters with one token for each character. The warm-up is
-600 supervised steps on examples of which two in three are off by one, so that the model knows roughly what to write and is
-wrong more often than right. What is right, it learns from the verified reward.
+supervised, on examples of which seven in ten are off by one, and ends when the model's likeliest answer is the right one for half
+of the prompts: it then knows what to write, and is wrong more often than right. Which answers are right it learns from the reward.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 CHARACTERS = "0123456789+="
 PAD, EOS = 0, 1
 PROMPT_TOKENS = len("37+48=")
-SHARE_RIGHT = 0.33
+SHARE_RIGHT = 0.3
 """Of the warm-up's examples."""
 
 
@@ -62,15 +62,15 @@ def additions() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     return pairs[len(pairs) // 8 :], pairs[: len(pairs) // 8]
 
 
-def warm_up(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int) -> None:
-    """Trains the model on careless answers to training prompts."""
+def warm_up(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, max_steps: int) -> int:
+    """Trains the model on careless answers to training prompts; returns how many steps it took."""
     train, _ = additions()
     rng = random.Random(1)
     prompts = {prompt: tokenizer(prompt)["input_ids"] for prompt, _ in train}
     answers = [tokenizer(str(number))["input_ids"] + [EOS] for number in range(2 * 99 + 2)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 50))
-    for _ in range(steps):
+    for step in range(1, max_steps + 1):
         rows = []
         for prompt, answer in rng.sample(train, 128):
             slip = 0 if rng.random() < SHARE_RIGHT else rng.choice((-1, 1))
@@ -85,12 +85,28 @@ def warm_up(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: 
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+        if step % 50 == 0 and likeliest_is_right(model, tokenizer, train[:512]) >= 0.5:
+            return step
+    return max_steps
+
+
+@torch.no_grad()
+def likeliest_is_right(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]]
+) -> float:
+    """Returns the share of prompts whose likeliest answer, token by token, is the right one."""
+    ids = torch.tensor([tokenizer(prompt)["input_ids"] for prompt, _ in pairs])
+    for _ in range(4):
+        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    answers = [tokenizer(answer)["input_ids"] + [EOS] for _, answer in pairs]
+    given = ids[:, PROMPT_TOKENS:].tolist()
+    return sum(row[: len(answer)] == answer for row, answer in zip(given, answers, strict=True)) / len(pairs)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent)
-    parser.add_argument("--steps", type=int, default=600, help="supervised steps of the warm-up")
+    parser.add_argument("--max-steps", type=int, default=2000, help="bound of the warm-up's supervised steps")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     model_folder, data_folder = options.folder / "model", options.folder / "data"
@@ -99,7 +115,7 @@ def main() -> None:
         return
     started = time.perf_counter()
     tokenizer, model = build_tokenizer(), build_model(options.seed)
-    warm_up(model, tokenizer, options.steps)
+    steps = warm_up(model, tokenizer, options.max_steps)
     data_folder.mkdir(parents=True, exist_ok=True)
     for name, pairs in zip(("train", "heldout"), additions(), strict=True):
         lines = (json.dumps({"prompt": prompt, "answer": answer}) + "\n" for prompt, answer in pairs)
@@ -108,7 +124,7 @@ def main() -> None:
     model.save_pretrained(model_folder)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     print(
-        f"warmed up a model of {millions:.2f}M parameters by {options.steps} supervised steps in "
+        f"warmed up a model of {millions:.2f}M parameters by {steps} supervised steps in "
         f"{time.perf_counter() - started:.0f} s: {model_folder}"
     )
 

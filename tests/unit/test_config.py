@@ -154,6 +154,10 @@ def test_parity_bound_follows_the_dtype_unless_set(tmp_path: Path) -> None:
     assert _load(tmp_path, {"pipeline.parity_bound": 0.25}).parity_bound == 0.25
 
 
+def test_micro_batch_that_holds_just_one_longest_sequence_is_enough(tmp_path: Path) -> None:
+    assert _load(tmp_path, {"learner.max_tokens_per_micro_batch": 16}).max_model_tokens == 16
+
+
 @given(batch=st.integers(1, 64), ranks=st.integers(1, 9))
 def test_batch_and_ranks_fit_exactly_if_they_divide(batch: int, ranks: int) -> None:
     tree = _merged(TREE, {"pipeline.groups_per_step": batch, "learner.replicas": ranks})
@@ -297,6 +301,14 @@ def test_load_file_that_holds_no_sections_is_refused(tmp_path: Path, content: st
     with pytest.raises(ConfigError) as caught:
         load_config(file)
     assert str(caught.value) == f"config is {file}; {rule}"
+
+
+def test_load_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_bytes(b"\xff\xfe\x80")
+    with pytest.raises(ConfigError) as caught:
+        load_config(file)
+    assert str(caught.value) == f"config is {file}; it is not YAML. Mend the file."
 
 
 def test_load_file_that_is_not_there_is_refused(tmp_path: Path) -> None:

@@ -265,6 +265,18 @@ def test_async_scores_run_together_and_sync_ones_one_after_the_other_beside_the_
     assert {verdict.outcome for scored in verdicts for verdict in scored} == {Outcome.SCORED}
 
 
+def test_sync_scores_deadline_begins_when_its_turn_does() -> None:
+    def function(prompt: Prompt, completions: Sequence[Completion]) -> list[float]:
+        time.sleep(0.2)
+        return [1.0 for _ in completions]
+
+    async def six(host: RewardHost) -> list[list[Verdict]]:
+        return await asyncio.gather(*(host.score(PROMPT, COMPLETIONS) for _ in range(6)))
+
+    # The sixth has waited for 1 s when it begins.
+    assert asyncio.run(six(RewardHost(SyncReward, {"function": function}, 0.8))) == [[Verdict(1.0, True)] * 2] * 6
+
+
 # Setting up.
 
 
