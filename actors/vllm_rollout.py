@@ -37,6 +37,9 @@ def engine_arguments(model: ModelConfig, rollout: RolloutConfig, max_model_token
     }
     if rollout.gpus > 0:
         arguments["tensor_parallel_size"] = max(1, int(rollout.gpus))
+        if rollout.gpus > 1:
+            # In a placement group vLLM would otherwise ask Ray for GPUs of its own, which this actor already holds.
+            arguments["distributed_executor_backend"] = "mp"
     else:
         arguments["worker_extension_cls"] = "maspo_ray.weight_sync.gloo_engine.GlooWorkerExtension"
         arguments["kv_cache_memory_bytes"] = int(rollout.kv_cache_gib * 2**30)

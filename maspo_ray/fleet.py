@@ -165,6 +165,9 @@ def actor_environment(slot: Slot, threads: int) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(dict.fromkeys([os.getcwd(), *filter(None, sys.path)])),
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
     }
+    if slot.gpus == 0:
+        # Ray 2.60 leaves all GPUs of the node visible to an actor that asked for none.
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     if slot.role == "learner" and slot.gpus == 0:
         # glibc returns large blocks to the system after each step and faults them in again: 10-25 % of a CPU step.
         environment |= {

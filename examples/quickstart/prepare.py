@@ -1,9 +1,9 @@
-"""Makes what the quickstart needs, once: the task's prompts, and a tiny model that has learned the task from careless examples.
+"""Makes what the quickstart needs, once: the task's prompts, and a tiny model that was taught the task carelessly.
 
 The task is to add two numbers of two digits: prompt `37+48=`, answer `85`. Every eighth pair of numbers is held out: neither the
 warm-up nor the training ever sees it. The model is a Llama of 0.8M parameters with one token for each character. The warm-up is
-supervised, on examples of which seven in ten are off by one, and ends when the model's likeliest answer is the right one for half
-of the prompts: it then knows what to write, and is wrong more often than right. Which answers are right it learns from the reward.
+supervised: right examples until the model's likeliest answer is right for nine prompts in ten, then some of which seven in ten
+are off by one, after which it is wrong more often than right. What is right it learns again from the verified reward alone.
 """
 
 import argparse
@@ -20,7 +20,7 @@ CHARACTERS = "0123456789+="
 PAD, EOS = 0, 1
 PROMPT_TOKENS = len("37+48=")
 SHARE_RIGHT = 0.3
-"""Of the warm-up's examples."""
+CARELESS_STEPS = 150
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -63,17 +63,20 @@ def additions() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
 
 
 def warm_up(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, max_steps: int) -> int:
-    """Trains the model on careless answers to training prompts; returns how many steps it took."""
+    """Trains the model on answers to training prompts, right ones and then careless ones; returns how many steps it took."""
     train, _ = additions()
     rng = random.Random(1)
     prompts = {prompt: tokenizer(prompt)["input_ids"] for prompt, _ in train}
     answers = [tokenizer(str(number))["input_ids"] + [EOS] for number in range(2 * 99 + 2)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 50))
-    for step in range(1, max_steps + 1):
+    share_right, last_step = 1.0, max_steps
+    step = 0
+    while step < last_step:
+        step += 1
         rows = []
         for prompt, answer in rng.sample(train, 128):
-            slip = 0 if rng.random() < SHARE_RIGHT else rng.choice((-1, 1))
+            slip = 0 if rng.random() < share_right else rng.choice((-1, 1))
             rows.append(prompts[prompt] + answers[int(answer) + slip])
         width = max(len(row) for row in rows)
         ids = torch.tensor([row + [PAD] * (width - len(row)) for row in rows])
@@ -85,9 +88,9 @@ def warm_up(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, max_ste
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 50 == 0 and likeliest_is_right(model, tokenizer, train[:512]) >= 0.5:
-            return step
-    return max_steps
+        if share_right == 1.0 and step % 50 == 0 and likeliest_is_right(model, tokenizer, train[:512]) >= 0.9:
+            share_right, last_step = SHARE_RIGHT, step + CARELESS_STEPS
+    return step
 
 
 @torch.no_grad()
