@@ -40,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"error: {line}", file=sys.stderr)
         return _EXIT_BAD_INPUT
     except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
+        for line in [f"error: {error}", *getattr(error, "__notes__", [])]:
+            print(line, file=sys.stderr)
         return _EXIT_FAILED
     except KeyboardInterrupt:
         print("interrupted before training began; nothing was saved", file=sys.stderr)

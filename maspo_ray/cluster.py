@@ -15,7 +15,7 @@ import psutil
 import ray
 
 from maspo_ray.config import PlacementConfig
-from maspo_ray.errors import ConfigError
+from maspo_ray.errors import ConfigError, RunError
 
 _EXIT_S = 3.0
 
@@ -62,17 +62,12 @@ def _own(placement: PlacementConfig) -> Iterator[bool]:
         started = psutil.Process().children(recursive=True)
         ray.shutdown()
         _end(started)
-        if sys.exc_info()[0] is None:
-            shutil.rmtree(folder, ignore_errors=True)
+        error = sys.exc_info()[1]
+        if isinstance(error, RunError):
+            # The engines' own last words may be needed to understand what happened.
+            error.add_note(f"the actors' logs are in {folder}/session_latest/logs")
         else:
-            _keep_logs_or_remove(folder)
-
-
-def _keep_logs_or_remove(folder: str) -> None:
-    """An engine's own last words may be needed to understand a failure, the sockets and the object store are not."""
-    error = sys.exc_info()[1]
-    if isinstance(error, (ConfigError, KeyboardInterrupt, GeneratorExit)):
-        shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _end(processes: list[psutil.Process]) -> None:

@@ -274,6 +274,8 @@ class PipelineConfig(Section):
     parity_prompts: int = Field(4, ge=1)
     filter_zero_variance: bool = True
     """Groups whose rewards are all equal carry no gradient: filter and refill them."""
+    max_dropped_in_a_row: int = Field(2000, ge=1)
+    """The run stops when so many groups, one after the other, carried no signal or could not be scored."""
     setup_timeout_s: float = Field(900.0, gt=0)
     weight_sync_timeout_s: float = Field(300.0, gt=0)
     step_timeout_s: float = Field(3600.0, gt=0)

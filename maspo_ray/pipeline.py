@@ -15,6 +15,7 @@ from maspo_ray.advantages import group_advantages
 from maspo_ray.buffer import ReadyBuffer
 from maspo_ray.checks import Evaluator, ParityCheck
 from maspo_ray.config import RunConfig
+from maspo_ray.errors import RunError
 from maspo_ray.experience import Experience, Group, Outcome, Prompt
 from maspo_ray.fleet import Fleet
 from maspo_ray.ledger import GroupLedger, GroupOutcome
@@ -62,6 +63,7 @@ class Pipeline:
         self._arrival = asyncio.Event()
         self._metrics = StepMetrics()
         self._num_groups = 0
+        self._dropped_in_a_row = 0
 
     @property
     def group_counts(self) -> dict[str, int]:
@@ -113,6 +115,7 @@ class Pipeline:
         elif not advantages.has_signal and self._config.pipeline.filter_zero_variance:
             self._drop(group, GroupOutcome.FILTERED, "all rewards are equal")
         else:
+            self._dropped_in_a_row = 0
             self._buffer.put(Experience(group, advantages.values, self._reference_logprobs(group)))
             self._gate.accept()
             self._arrival.set()
@@ -127,6 +130,13 @@ class Pipeline:
     def _drop(self, group: Group, outcome: GroupOutcome, cause: str) -> None:
         """Ends a running group without training on it; another may start in its place."""
         self._end(group, outcome, cause=cause)
+        self._dropped_in_a_row += 1
+        limit = self._config.pipeline.max_dropped_in_a_row
+        if self._dropped_in_a_row >= limit:
+            raise RunError(
+                f"the last {limit} groups could not be trained on (the latest: {cause}), and waiting would not end. Take a "
+                "task that the model solves sometimes, raise rollout.group_size, or raise pipeline.max_dropped_in_a_row."
+            )
         self._gate.give_back_running()
         self._admission.set()
 

@@ -17,9 +17,7 @@ class ReasoningGymReward:
     Most tasks give part of the reward to an answer with something around it.
     """
 
-    def __init__(
-        self, threshold: float = 0.99, answer_pattern: str | None = None, binary: bool = False
-    ) -> None:
+    def __init__(self, threshold: float = 0.99, answer_pattern: str | None = None, binary: bool = False) -> None:
         """Args:
         threshold: score from which a completion counts as correct.
         answer_pattern: regular expression with one group; a completion without a match has no answer.

@@ -44,8 +44,12 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Any key of the config can follow as --section.key value.",
     )
-    parser.add_argument("--address", help="of the cluster's dashboard; by default RAY_API_SERVER_ADDRESS, else this machine")
-    parser.add_argument("--folder", type=PurePosixPath, required=True, help="absolute; every node of the cluster sees it")
+    parser.add_argument(
+        "--address", help="of the cluster's dashboard; by default RAY_API_SERVER_ADDRESS, else this machine"
+    )
+    parser.add_argument(
+        "--folder", type=PurePosixPath, required=True, help="absolute; every node of the cluster sees it"
+    )
     options, overrides = parser.parse_known_args()
     if not options.folder.is_absolute():
         parser.error(f"--folder is {options.folder}; it must be absolute. Give a folder that every node sees.")
