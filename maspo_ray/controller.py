@@ -20,10 +20,11 @@ from maspo_ray.experience import Prompt
 from maspo_ray.fleet import Fleet
 from maspo_ray.loading import load_classes
 from maspo_ray.pipeline import Pipeline
-from maspo_ray.placement import Plan, Reservation, demands, reserve, wait_for_cluster
+from maspo_ray.placement import Plan, demands
 from maspo_ray.preflight import preflight
 from maspo_ray.progress import Progress
 from maspo_ray.prompts import PromptStream, load_prompts
+from maspo_ray.reservation import Reservation, reserve, wait_for_cluster
 from maspo_ray.rollout_pool import ErrorWatch, RolloutPool
 from maspo_ray.run_folder import RunFolder
 from maspo_ray.run_record import RunRecord

@@ -15,7 +15,8 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from maspo_ray.config import RunConfig
 from maspo_ray.errors import RunError
-from maspo_ray.placement import Plan, Reservation, Slot
+from maspo_ray.placement import Plan, Slot
+from maspo_ray.reservation import Reservation
 from maspo_ray.reward_host import RewardHost
 from maspo_ray.weight_sync import backend_for
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
 import psutil
@@ -22,6 +23,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.ray, pytest.mark.engine]
+
+# Ray 2.60 asks for a token; without one in the environment it would write its own into the home folder.
+TOKEN = secrets.token_hex(32)
 
 # A reward of the user's own beside the project. It also tells where its process found the code, and what was sent.
 REWARDS = """
@@ -88,7 +92,8 @@ def _python_without_the_project(folder: Path) -> Path:
 
 def _environment(python: Path) -> dict[str, str]:
     mine = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "PYTHONPATH"))}
-    return {**mine, "PATH": f"{python.parent}{os.pathsep}{mine['PATH']}", "RAY_USAGE_STATS_ENABLED": "0"}
+    path = f"{python.parent}{os.pathsep}{mine['PATH']}"
+    return {**mine, "PATH": path, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
 
 
 @pytest.fixture(scope="module")
@@ -136,8 +141,14 @@ def head() -> Iterator[Head]:
 def _wait_for_job_server(started: subprocess.Popen[bytes], address: str, log: Path) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and started.poll() is None:
-        with suppress(URLError, OSError), urlopen(f"{address}/api/version", timeout=2):
+        try:
+            urlopen(f"{address}/api/version", timeout=2).close()
             return
+        except HTTPError:
+            # It answers, if only that it wants the token.
+            return
+        except (URLError, OSError):
+            pass
         time.sleep(0.2)
     pytest.fail(f"the cluster did not come up: {log.read_text()}")
 

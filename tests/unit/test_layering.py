@@ -45,6 +45,7 @@ FLOORS = [
     "maspo_ray.progress",
     "maspo_ray.curves",
     "maspo_ray.placement",
+    "maspo_ray.reservation",
     "maspo_ray.reward_host",
     "maspo_ray.testing",
     "maspo_ray.fleet",
