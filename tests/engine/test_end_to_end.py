@@ -85,6 +85,10 @@ class _Run:
 
     def finish(self, timeout_s: float) -> tuple[int, str, str]:
         self.wait_until(lambda: False, timeout_s)
+        if self.process.poll() is None:
+            for process in [*self.started.values(), self.process]:
+                process.kill()
+            pytest.fail(f"the run had not ended after {timeout_s:g} s: {self.process.communicate()}")
         out, err = self.process.communicate(timeout=5)
         return self.process.returncode, out, err
 
@@ -100,7 +104,7 @@ def _rows(path: Path) -> list[dict[str, object]]:
 
 def test_train_runs_all_four_actors_and_leaves_a_whole_run_folder(tiny_model: str, tmp_path: Path) -> None:
     run = _Run(_config(tmp_path, tiny_model))
-    code, out, err = run.finish(timeout_s=150)
+    code, out, err = run.finish(timeout_s=250)
     assert code == 0, err
     folder = tmp_path / "run"
     metrics, ledger, evals = (_rows(folder / f"{name}.jsonl") for name in ("metrics", "ledger", "eval"))
@@ -129,7 +133,7 @@ def test_train_runs_all_four_actors_and_leaves_a_whole_run_folder(tiny_model: st
 def test_train_interrupted_stops_within_15_s_and_says_what_was_saved(tiny_model: str, tmp_path: Path) -> None:
     run = _Run(_config(tmp_path, tiny_model, pipeline={"steps": 10_000}, checkpoint={"every": 1}))
     metrics = tmp_path / "run" / "metrics.jsonl"
-    run.wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2, timeout_s=120)
+    run.wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2, timeout_s=200)
     # As a terminal does it: to every process of the group.
     os.killpg(run.process.pid, signal.SIGINT)
     interrupted = time.monotonic()
@@ -150,7 +154,7 @@ def test_train_interrupted_stops_within_15_s_and_says_what_was_saved(tiny_model:
 
 def test_train_reward_that_raises_stops_the_run_with_the_first_cause(tiny_model: str, tmp_path: Path) -> None:
     run = _Run(_config(tmp_path, tiny_model, reward={"actor": "my_rewards:FailingReward"}))
-    code, _, err = run.finish(timeout_s=120)
+    code, _, err = run.finish(timeout_s=250)
     assert code == 1
     [line] = [line for line in err.splitlines() if line.startswith("error: ")]
     assert "reward.max_error_rate" in line
