@@ -133,7 +133,33 @@ class RolloutConfig(RoleConfig):
     kv_cache_gib: float = Field(0.25, gt=0)
     """KV cache of an engine that runs on CPU; on a GPU vLLM takes `gpu_memory_utilization` from `engine`."""
     engine: dict[str, Any] = {}
-    """Passed through to vLLM's `AsyncEngineArgs`."""
+    """Passed through to vLLM's `AsyncEngineArgs`; the keys that the sections set are refused."""
+
+    owned_engine_keys: ClassVar[frozenset[str]] = frozenset(
+        {
+            "model",
+            "dtype",
+            "seed",
+            "max_model_len",
+            "max_num_seqs",
+            "logprobs_mode",
+            "weight_transfer_config",
+            "worker_extension_cls",
+            "tensor_parallel_size",
+            "pipeline_parallel_size",
+            "data_parallel_size",
+        }
+    )
+
+    @field_validator("engine")
+    @classmethod
+    def _no_owned_key(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if owned := sorted(cls.owned_engine_keys & value.keys()):
+            raise ValueError(
+                f"{', '.join(owned)} follow from the model and rollout sections (tensor parallelism from rollout.gpus). "
+                "Remove from rollout.engine"
+            )
+        return value
 
     @field_validator("temperature")
     @classmethod
@@ -277,8 +303,11 @@ class PipelineConfig(Section):
     max_dropped_in_a_row: int = Field(2000, ge=1)
     """The run stops when so many groups, one after the other, carried no signal or could not be scored."""
     setup_timeout_s: float = Field(900.0, gt=0)
+    """Deadline of all actors' start, models loaded."""
     weight_sync_timeout_s: float = Field(300.0, gt=0)
+    """Deadline of each part of a weight transfer; the actor that misses it is named."""
     step_timeout_s: float = Field(3600.0, gt=0)
+    """Deadline of one optimizer step."""
 
 
 class PlacementConfig(Section):

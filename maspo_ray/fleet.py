@@ -107,10 +107,7 @@ class Fleet:
         calls = [one("learner", rank, *rendezvous) for rank in range(len(learners))]
         calls += [one(role, i) for role in ("rollout", "reward", "reference") for i in range(len(self.of_role(role)))]
         limit = self._config.pipeline.setup_timeout_s
-        try:
-            await asyncio.wait_for(asyncio.gather(*calls), limit)
-        except TimeoutError:
-            raise RunError(f"the actors were not up within pipeline.setup_timeout_s ({limit:g} s). Raise it.") from None
+        await within(limit, "the actors were not up within pipeline.setup_timeout_s", asyncio.gather(*calls))
         rollout = self._config.rollout
         await self.learners(
             "connect",
@@ -139,6 +136,18 @@ class Fleet:
         for handles in self._actors.values():
             for handle in handles:
                 ray.kill(handle)
+
+
+async def within(seconds: float, missed: str, call: Awaitable[Any]) -> Any:
+    """Returns what a call returns in time.
+
+    Raises:
+        RunError: it did not; `missed` says which deadline.
+    """
+    try:
+        return await asyncio.wait_for(call, seconds)
+    except TimeoutError:
+        raise RunError(f"{missed} ({seconds:g} s). See the actors' logs, or raise it.") from None
 
 
 async def named(what: str, call: Awaitable[Any]) -> Any:

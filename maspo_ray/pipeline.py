@@ -17,7 +17,7 @@ from maspo_ray.checks import Evaluator, ParityCheck
 from maspo_ray.config import RunConfig
 from maspo_ray.errors import RunError
 from maspo_ray.experience import Experience, Group, Outcome, Prompt
-from maspo_ray.fleet import Fleet
+from maspo_ray.fleet import Fleet, within
 from maspo_ray.ledger import GroupLedger, GroupOutcome
 from maspo_ray.metrics import StepMetrics
 from maspo_ray.packing import pack
@@ -210,8 +210,10 @@ class Pipeline:
         learner = self._config.learner
         ranks = len(self._fleet.of_role("learner"))
         plans = pack(batch, ranks, learner.max_tokens_per_micro_batch)
-        learned: dict[str, float] = await self._fleet.learners_each(
-            "train_step", [(plan, *payloads) for plan, payloads in plans]
+        learned: dict[str, float] = await within(
+            self._config.pipeline.step_timeout_s,
+            f"step {step} did not end within pipeline.step_timeout_s",
+            self._fleet.learners_each("train_step", [(plan, *payloads) for plan, payloads in plans]),
         )
         learned |= await self._publish(step)
         self._gate.publish(step)
@@ -224,7 +226,12 @@ class Pipeline:
         return learned
 
     async def _publish(self, version: int) -> dict[str, float]:
-        timings: dict[str, float] = await self._fleet.learners("publish", version)
+        # The client's own deadlines come first and name the actor; a collective that hangs has none of its own.
+        timings: dict[str, float] = await within(
+            2 * self._config.pipeline.weight_sync_timeout_s,
+            f"version {version} was not published within twice pipeline.weight_sync_timeout_s",
+            self._fleet.learners("publish", version),
+        )
         return timings
 
     async def _check_parity(self, version: int) -> float:

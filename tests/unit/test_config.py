@@ -19,6 +19,7 @@ from maspo_ray.config import (
     LearnerConfig,
     MaspoConfig,
     ReasoningGymSource,
+    RolloutConfig,
     RunConfig,
     load_config,
 )
@@ -264,6 +265,14 @@ def test_load_several_faults_have_a_line_each(tmp_path: Path) -> None:
 def test_deepspeed_key_that_a_section_owns_is_refused(key: str) -> None:
     with pytest.raises(ValidationError, match=f"{key} follow from the learner and model sections"):
         LearnerConfig(deepspeed={key: 1})
+
+
+@pytest.mark.parametrize("key", sorted(RolloutConfig.owned_engine_keys))
+def test_engine_key_that_a_section_owns_is_refused(tmp_path: Path, key: str) -> None:
+    fault = _fault(tmp_path, {"rollout.engine": {key: 2, "gpu_memory_utilization": 0.8}})
+    assert fault.startswith(f"rollout.engine is {{'{key}': 2")
+    assert f"; {key} follow from the model and rollout sections" in fault
+    assert fault.endswith("Remove from rollout.engine.")
 
 
 def test_deepspeed_other_keys_pass_through() -> None:
