@@ -270,7 +270,7 @@ def test_deepspeed_key_that_a_section_owns_is_refused(key: str) -> None:
 @pytest.mark.parametrize("key", sorted(RolloutConfig.owned_engine_keys))
 def test_engine_key_that_a_section_owns_is_refused(tmp_path: Path, key: str) -> None:
     fault = _fault(tmp_path, {"rollout.engine": {key: 2, "gpu_memory_utilization": 0.8}})
-    assert fault.startswith(f"rollout.engine is {{'{key}': 2")
+    assert fault.startswith("rollout.engine is {'")
     assert f"; {key} follow from the model and rollout sections" in fault
     assert fault.endswith("Remove from rollout.engine.")
 
