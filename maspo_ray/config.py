@@ -30,6 +30,7 @@ from maspo_ray.config_sections import (
     MaspoConfig,
     ModelConfig,
     ObjectiveConfig,
+    ParityStatistic,
     PipelineConfig,
     PlacementConfig,
     ReasoningGymSource,
@@ -58,6 +59,7 @@ __all__ = [
     "MaspoConfig",
     "ModelConfig",
     "ObjectiveConfig",
+    "ParityStatistic",
     "PipelineConfig",
     "PlacementConfig",
     "ReasoningGymSource",
@@ -127,10 +129,11 @@ class RunConfig(Section):
         return self.rollout.max_model_tokens or self.data.max_prompt_tokens + self.rollout.max_new_tokens
 
     @property
-    def parity_bound(self) -> float:
-        """Largest |Δ log-prob| between learner and engine that the run tolerates."""
-        default = {"float32": 1e-3, "bfloat16": 1.0}[self.model.dtype]
-        return default if self.pipeline.parity_bound is None else self.pipeline.parity_bound
+    def parity_bound(self) -> tuple[ParityStatistic, float]:
+        """What of |Δ log-prob| between learner and engine is bounded, and by how much."""
+        defaults: dict[str, tuple[ParityStatistic, float]] = {"float32": ("max", 1e-3), "bfloat16": ("mean", 0.1)}
+        statistic, bound = defaults[self.model.dtype]
+        return statistic, bound if self.pipeline.parity_bound is None else self.pipeline.parity_bound
 
 
 class _FileAndFlags(BaseSettings, RunConfig):  # type: ignore[misc]

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Dtype = Literal["float32", "bfloat16"]
+ParityStatistic = Literal["max", "mean"]
 
 
 class Section(BaseModel):
@@ -296,8 +297,9 @@ class PipelineConfig(Section):
     parity_every: int = Field(10, ge=0)
     """Steps between checks that learner and rollout engine agree; 0 checks at start only."""
     parity_bound: float | None = Field(None, gt=0)
-    """Largest |Δ log-prob| allowed; by default 1e-3 in float32 and 1.0 in bfloat16."""
-    parity_prompts: int = Field(4, ge=1)
+    """Of |Δ log-prob| over tokens that the engine samples: the largest in float32 (by default at most 1e-3), the mean in
+    bfloat16, whose rounding has outliers (by default at most 0.1)."""
+    parity_prompts: int = Field(8, ge=1)
     filter_zero_variance: bool = True
     """Groups whose rewards are all equal carry no gradient: filter and refill them."""
     max_dropped_in_a_row: int = Field(2000, ge=1)

@@ -92,10 +92,8 @@ class _Session:
             asyncio.to_thread(self._prompts), self._fleet.setup(progress.note)
         )
         pool = RolloutPool(self._fleet.of_role("rollout"), self._fleet.of_role("reward"), self._errors)
-        parity = ParityCheck(self._fleet, config.parity_bound)
-        await parity.choose(
-            train_prompts[: config.pipeline.parity_prompts], config.rollout.temperature, config.rollout.max_new_tokens
-        )
+        probes = train_prompts[: config.pipeline.parity_prompts]
+        parity = ParityCheck(self._fleet, probes, config.rollout, *config.parity_bound)
         self._pipeline = Pipeline(
             config,
             self._fleet,

@@ -13,7 +13,7 @@ import ray
 
 from maspo_ray.advantages import group_advantages
 from maspo_ray.buffer import ReadyBuffer
-from maspo_ray.checks import Evaluator, ParityCheck
+from maspo_ray.checks import Evaluator, Parity, ParityCheck
 from maspo_ray.config import RunConfig
 from maspo_ray.errors import RunError
 from maspo_ray.experience import Experience, Group, Outcome, Prompt
@@ -222,7 +222,8 @@ class Pipeline:
             self._end(experience.group, GroupOutcome.TRAINED, step=step)
         every = self._config.pipeline.parity_every
         if every and step % every == 0:
-            learned["parity/max"] = await self._check_parity(step)
+            parity = await self._check_parity(step)
+            learned |= {"parity/max": parity.max, "parity/mean": parity.mean}
         return learned
 
     async def _publish(self, version: int) -> dict[str, float]:
@@ -234,10 +235,10 @@ class Pipeline:
         )
         return timings
 
-    async def _check_parity(self, version: int) -> float:
-        distance = await self._parity.check(version)
-        self._record.parity(distance)
-        return distance
+    async def _check_parity(self, version: int) -> Parity:
+        parity = await self._parity.check(version)
+        self._record.parity(parity.max)
+        return parity
 
     async def _evaluate(self, step: int) -> None:
         every, last = self._config.eval.every, self._config.pipeline.steps
