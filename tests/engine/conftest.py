@@ -32,8 +32,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def own_ray() -> Iterator[None]:
+    """A Ray that ends with its module: a process has one at a time, and other modules start theirs."""
     os.environ.pop("RAY_ADDRESS", None)
     os.environ["PYTHONPATH"] = str(ROOT)
     with connected(PlacementConfig(object_store_gib=0.2)):

@@ -48,7 +48,7 @@ def test_engine_arguments_split_the_model_over_the_actors_gpus(gpus: float, para
 
 @pytest.mark.parametrize("gpus", [0, 1])
 def test_engine_arguments_of_the_user_have_the_last_word(gpus: float) -> None:
-    engine = {"enforce_eager": False, "max_num_seqs": 3, "gpu_memory_utilization": 0.5}
+    engine = {"enforce_eager": False, "max_num_batched_tokens": 64, "gpu_memory_utilization": 0.5}
     arguments = _arguments(RolloutConfig(gpus=gpus, engine=engine))
     assert {name: arguments[name] for name in engine} == engine
 
