@@ -150,12 +150,13 @@ class DeepSpeedLearner:
 
         return torch.from_numpy(np.concatenate(arrays)).to(self._device)
 
-    def token_logprobs(self, sequences: Sequence[NDArray[np.int32]]) -> Sequence[NDArray[np.float32]]:
+    def completion_logprobs(
+        self, pairs: Sequence[tuple[NDArray[np.int32], NDArray[np.int32]]]
+    ) -> Sequence[NDArray[np.float32]]:
         from actors.token_model import sequence_logprobs
 
         self._engine.eval()
-        pairs = [(ids[:1], ids[1:]) for ids in sequences]
-        return sequence_logprobs(self._engine, pairs, 1.0, self._device)
+        return sequence_logprobs(self._engine, pairs, self._temperature, self._device)
 
     def connect(
         self, rollout_handles: Sequence[Any], workers_per_engine: int, backend: Backend, timeout_s: float

@@ -24,8 +24,7 @@ def engine_arguments(model: ModelConfig, rollout: RolloutConfig, max_model_token
         "dtype": model.dtype,
         "trust_remote_code": model.trust_remote_code,
         "seed": seed,
-        # One token more than a sequence has: scoring a full one samples a token that is thrown away.
-        "max_model_len": max_model_tokens + 1,
+        "max_model_len": max_model_tokens,
         "max_num_seqs": rollout.max_concurrent_requests,
         # What the learner must match: the distribution after the temperature.
         "logprobs_mode": "processed_logprobs",
@@ -124,16 +123,6 @@ class VLLMRollout:
             finish_reason=str(output.finish_reason),
             text=output.text,
         )
-
-    async def token_logprobs(self, token_ids: NDArray[np.int32]) -> NDArray[np.float32]:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        parameters = SamplingParams(max_tokens=1, prompt_logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY)
-        scored = (await self._run(token_ids, parameters)).prompt_logprobs
-        assert scored is not None and len(scored) == len(token_ids)
-        pairs = zip(scored[1:], token_ids[1:].tolist(), strict=True)
-        return np.asarray([entry[token].logprob for entry, token in pairs if entry], dtype=np.float32)
 
     async def _run(self, token_ids: NDArray[np.int32], parameters: Any) -> Any:
         from vllm.inputs import TokensPrompt

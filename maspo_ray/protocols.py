@@ -48,10 +48,6 @@ class RolloutActor(Protocol):
         """
         ...
 
-    async def token_logprobs(self, token_ids: NDArray[np.int32]) -> NDArray[np.float32]:
-        """Returns [tokens - 1] log-probs at temperature 1 of every token but the first, under the weights now loaded."""
-        ...
-
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Joins the learner's transfer group; `init_info` is the backend's."""
         ...
@@ -98,8 +94,11 @@ class LearnerActor(Protocol):
         """Applies one optimizer step to this rank's share of a batch (`packing.RankPlan`); returns metrics."""
         ...
 
-    def token_logprobs(self, sequences: Sequence[NDArray[np.int32]]) -> Sequence[NDArray[np.float32]]:
-        """Returns [tokens - 1] log-probs at temperature 1 of each sequence."""
+    def completion_logprobs(
+        self, pairs: Sequence[tuple[NDArray[np.int32], NDArray[np.int32]]]
+    ) -> Sequence[NDArray[np.float32]]:
+        """Returns, for each pair of a prompt's and a completion's token ids, the completion's [tokens] float32 log-probs at the
+        sampling temperature."""
         ...
 
     def connect(

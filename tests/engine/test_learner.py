@@ -74,7 +74,7 @@ def _expected(model_path: str, batches: list[list[tuple[Any, ...]]]) -> tuple[np
         optimizer.step()
     with torch.no_grad():
         row = torch.from_numpy(PROBE.astype(np.int64))[None]
-        logprobs = model(row).logits[0, :-1].log_softmax(-1).gather(1, row[0, 1:, None])[:, 0].numpy()
+        logprobs = (model(row).logits[0, :-1] / TEMPERATURE).log_softmax(-1).gather(1, row[0, 1:, None])[:, 0].numpy()
     return logprobs, losses
 
 
@@ -129,7 +129,7 @@ def test_learner_steps_equal_plain_pytorch_for_any_cut(
         assert [m["loss"] for m in metrics] == pytest.approx(losses, rel=1e-4)
         if zero_stage > 0:
             assert all(m["learner/grad_norm"] > 0 for m in metrics)
-        [scored] = ray.get([actor.token_logprobs.remote([PROBE]) for actor in actors])[0]
+        [scored] = ray.get([actor.completion_logprobs.remote([(PROBE[:1], PROBE[1:])]) for actor in actors])[0]
         assert np.abs(scored - expected).max() < 1e-4
         ray.get([actor.save.remote(str(tmp_path / "saved")) for actor in actors])
     finally:
@@ -138,7 +138,7 @@ def test_learner_steps_equal_plain_pytorch_for_any_cut(
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
     with torch.no_grad():
         row = torch.from_numpy(PROBE.astype(np.int64))[None]
-        again = saved(row).logits[0, :-1].log_softmax(-1).gather(1, row[0, 1:, None])[:, 0].numpy()
+        again = (saved(row).logits[0, :-1] / TEMPERATURE).log_softmax(-1).gather(1, row[0, 1:, None])[:, 0].numpy()
     assert np.abs(again - expected).max() < 1e-4
     assert (tmp_path / "saved" / "tokenizer.json").exists()
 
@@ -149,11 +149,11 @@ def test_learner_loss_that_is_not_finite_is_not_applied(tiny_model: str, own_ray
     broken = [Experience(first.group, (float("nan"),) * 3, first.reference_logprobs), *rest]
     [actor] = _start(tiny_model, 1, 1, 4096)
     try:
-        before = ray.get(actor.token_logprobs.remote([PROBE]))[0]
+        before = ray.get(actor.completion_logprobs.remote([(PROBE[:1], PROBE[1:])]))[0]
         [(plan, payloads)] = pack(broken, 1, 4096)
         with pytest.raises(ray.exceptions.RayTaskError, match="the loss is nan; the step was not applied"):
             ray.get(actor.train_step.remote(plan, *payloads))
-        after = ray.get(actor.token_logprobs.remote([PROBE]))[0]
+        after = ray.get(actor.completion_logprobs.remote([(PROBE[:1], PROBE[1:])]))[0]
         assert np.array_equal(before, after)
     finally:
         ray.kill(actor)

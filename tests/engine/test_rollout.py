@@ -97,25 +97,16 @@ def test_rollout_samples_with_the_same_seed_are_equal_and_with_others_differ(eng
     assert len(set(texts[0])) == 4
 
 
-def test_rollout_scores_given_tokens_at_temperature_one(engine: Any, trainer: PreTrainedModel) -> None:
-    ids = np.array([4, 8, 15, 16, 23, 42], dtype=np.int32)
-    scored = ray.get(engine.token_logprobs.remote(ids))
-    assert np.abs(scored - _logprobs(trainer, ids, 1.0)).max() < 1e-3
-
-
 def test_publish_new_weights_reach_a_tied_output_layer(engine: Any, trainer: PreTrainedModel, publisher: Any) -> None:
     """On CPU vLLM multiplies by a packed copy of the output layer; without packing it again it keeps the old one."""
     assert trainer.config.tie_word_embeddings
-    ids = np.array([4, 8, 15, 16, 23, 42], dtype=np.int32)
-    before = _logprobs(trainer, ids, 1.0)
+    prompt = _prompt(5, 9, 13)
+    before = _sample(engine, prompt, n=4, max_new_tokens=8)
     with torch.no_grad():
         for parameter in trainer.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    after = _logprobs(trainer, ids, 1.0)
-    assert np.abs(after - before).max() > 0.1
+    assert min(_distance(trainer, prompt, completion) for completion in before) > 0.1
     publisher.publish(7)
-    assert np.abs(ray.get(engine.token_logprobs.remote(ids)) - after).max() < 1e-3
-    prompt = _prompt(5, 9, 13)
     for completion in _sample(engine, prompt, n=4, max_new_tokens=8):
         assert _distance(trainer, prompt, completion) < 1e-3
         assert [(span.version, span.start, span.end) for span in completion.spans] == [

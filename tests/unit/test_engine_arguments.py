@@ -21,7 +21,7 @@ def test_engine_arguments_on_cpu() -> None:
         "dtype": "float32",
         "trust_remote_code": True,
         "seed": 5,
-        "max_model_len": 33,
+        "max_model_len": 32,
         "max_num_seqs": 64,
         "logprobs_mode": "processed_logprobs",
         "generation_config": "vllm",
