@@ -5,6 +5,8 @@ still fail later, but not for a file that was not there.
 """
 
 import json
+import logging
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,8 @@ from maspo_ray.errors import ConfigError
 
 # vLLM 0.32.0, CPUAttentionBackend.get_supported_head_sizes: with another size the engine fails only after its start.
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+
+_log = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -39,6 +43,20 @@ def preflight(config: RunConfig, resume: bool) -> None:
             faults.append(str(error))
     if faults:
         raise ConfigError("\n".join(faults))
+    if config.model.dtype == "bfloat16" and config.learner.gpus == 0 and not has_fast_bfloat16(Path("/proc/cpuinfo")):
+        _log.warning(
+            "model.dtype is bfloat16; this CPU multiplies it in software, at a small fraction of float32's speed. Set it to float32."
+        )
+
+
+def has_fast_bfloat16(cpuinfo: Path) -> bool:
+    """Returns whether torch's CPU kernels (oneDNN) multiply bfloat16 by vector instructions: not on x86 without AVX-512.
+
+    True where the file does not say.
+    """
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    flags = next((line.split() for line in lines if line.startswith("flags")), ["avx512f"])
+    return "avx512f" in flags
 
 
 def is_hub_id(path: str) -> bool:
@@ -123,8 +141,11 @@ def check_run_dir(config: RunConfig, resume: bool) -> None:
         remedy = f"with --model.path {saved} and another --run_dir" if saved else "without --resume"
         raise ConfigError(f"--resume is given; resuming is not supported yet. Start a new run {remedy}.")
     where = f"run_dir is {run_dir}"
-    if run_dir.exists() and not run_dir.is_dir():
-        raise ConfigError(f"{where}; it is a file. Give a new run_dir.")
+    there = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(f"{where}; {'it' if there == run_dir else there} is a file. Give a new run_dir.")
+    if not os.access(there, os.W_OK):
+        raise ConfigError(f"{where}; {there} cannot be written to. Give a run_dir that can.")
     if any((run_dir / name).exists() for name in ("metrics.jsonl", "final", "config.yaml")):
         kind = "a finished" if _is_finished(run_dir) else "an unfinished"
         raise ConfigError(f"{where}; it already holds {kind} run. Give a new run_dir or remove it.")

@@ -10,7 +10,15 @@ import pytest
 
 from maspo_ray.config import DataConfig, JsonlSource, ModelConfig, ReasoningGymSource, RunConfig
 from maspo_ray.errors import ConfigError
-from maspo_ray.preflight import CPU_HEAD_SIZES, check_data, check_model, check_run_dir, is_hub_id, preflight
+from maspo_ray.preflight import (
+    CPU_HEAD_SIZES,
+    check_data,
+    check_model,
+    check_run_dir,
+    has_fast_bfloat16,
+    is_hub_id,
+    preflight,
+)
 
 LLAMA = {"hidden_size": 128, "num_attention_heads": 4}
 
@@ -211,6 +219,26 @@ def test_run_dir_that_is_a_file_is_refused(tmp_path: Path) -> None:
     config.run_dir.touch()
     with pytest.raises(ConfigError, match=f"^run_dir is {config.run_dir}; it is a file. Give a new run_dir.$"):
         check_run_dir(config, resume=False)
+
+
+def test_run_dir_below_a_file_is_refused(tmp_path: Path) -> None:
+    config = _config(tmp_path, run_dir=str(tmp_path / "rows.jsonl" / "run"))
+    with pytest.raises(ConfigError, match=f"^run_dir is {config.run_dir}; {tmp_path / 'rows.jsonl'} is a file. Give"):
+        check_run_dir(config, resume=False)
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "fast"),
+    [
+        ("model name : x\nflags\t\t: fpu avx avx2\n", False),
+        ("flags\t\t: fpu avx2 avx512f avx512_bf16\n", True),
+        ("Features\t: fp asimd bf16\n", True),
+    ],
+)
+def test_bfloat16_is_slow_on_x86_without_avx512_only(tmp_path: Path, cpuinfo: str, fast: bool) -> None:
+    (tmp_path / "cpuinfo").write_text(cpuinfo)
+    assert has_fast_bfloat16(tmp_path / "cpuinfo") is fast
+    assert has_fast_bfloat16(tmp_path / "no_such_file")
 
 
 def test_resume_names_the_newest_saved_model(tmp_path: Path) -> None:
