@@ -108,7 +108,11 @@ class ParityCheck:
         """
         engines = self._fleet.of_role("rollout")
         sampled = await asyncio.gather(
-            *(self._complete(f"rollout/{i}", engine, prompt) for i, engine in enumerate(engines) for prompt in self._prompts)
+            *(
+                self._complete(f"rollout/{i}", engine, prompt)
+                for i, engine in enumerate(engines)
+                for prompt in self._prompts
+            )
         )
         pairs = [(prompt.token_ids, completion.token_ids) for prompt, completion in sampled]
         learner = await self._fleet.learners("completion_logprobs", pairs)
