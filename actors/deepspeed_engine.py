@@ -11,6 +11,7 @@ from typing import Any
 import deepspeed
 import psutil
 import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from transformers import get_scheduler
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
@@ -74,6 +75,27 @@ def start_engine(model: TokenModel, learner: LearnerConfig, config: ModelConfig,
         # The output layer's weight is read outside its own module's forward.
         deepspeed.zero.register_external_parameter(engine.module, engine.module.model.get_output_embeddings().weight)
     return engine
+
+
+def apply_step(engine: Any, loss_is_finite: bool) -> bool:
+    """Applies the gradient that has been gathered; returns whether the weights changed. A collective.
+
+    A gradient that is not finite is discarded, as is that of a loss that is not: by DeepSpeed, whose ZeRO and bfloat16 optimizers
+    look at its norm, and here where neither is in use.
+    """
+    plain = engine.zero_optimization_stage() == 0 and not engine.bfloat16_enabled()
+    finite = torch.ones((), device=engine.device)
+    if plain:
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all().float()
+        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+    if not finite.item():
+        engine.zero_grad()
+        return False
+    engine.step()
+    applied: bool = engine.was_step_applied()
+    assert loss_is_finite or not applied, "a loss that is not finite had a finite gradient"
+    return applied
 
 
 class EngineWeights(WeightSource):

@@ -7,6 +7,7 @@ step whose loss is not finite is not applied.
 import math
 import os
 from collections.abc import Sequence
+from itertools import islice
 from time import perf_counter
 from typing import Any
 
@@ -14,9 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maspo_ray.config import KLConfig, LearnerConfig, ModelConfig, ObjectiveConfig
-from maspo_ray.errors import RunError
-from maspo_ray.experience import Completion
-from maspo_ray.packing import RankPlan
+from maspo_ray.experience import Completion, StepReport
+from maspo_ray.packing import Bundle, RankPlan
 from maspo_ray.weight_sync import Backend
 
 
@@ -89,74 +89,84 @@ class DeepSpeedLearner:
         self._weights = EngineWeights(self._engine)
         self._device = device_of()
 
-    def train_step(self, plan: RankPlan, *payloads: Any) -> dict[str, float]:
+    def train_step(self, plan: RankPlan, *payloads: Any) -> StepReport:
+        from actors.deepspeed_engine import apply_step
         from actors.learner_metrics import StepSums
 
         started = perf_counter()
         self._engine.train()
         sums = StepSums(self._device)
-        for rows in plan.micro_batches:
-            loss = self._micro_batch_loss(plan, rows, payloads, sums)
+        token_losses = []
+        for bundles in plan.micro_batches:
+            loss, token_loss = self._micro_batch_loss(bundles, payloads, sums)
+            token_losses.append(token_loss)
             # DeepSpeed averages gradients over the ranks; the shares are to be added up.
             self._engine.backward(loss * (self._world_size / plan.batch_tokens), scale_wrt_gas=False)
         metrics = sums.reduce(plan.batch_tokens)
-        if not math.isfinite(metrics["loss"]):
-            raise RunError(
-                f"the loss is {metrics['loss']}; the step was not applied. Lower learner.lr or see the ratios."
-            )
         metrics["learner/lr"] = float(self._engine.get_lr()[0])
-        self._engine.step()
-        if (norm := self._engine.get_global_grad_norm()) is not None:
-            metrics["learner/grad_norm"] = float(norm)
+        applied = apply_step(self._engine, math.isfinite(metrics["loss"]))
+        norm = self._engine.get_global_grad_norm()
+        if norm is not None:
+            metrics["learner/grad_norm"] = float(norm) if applied else math.nan
+        metrics["learner/skipped"] = float(not applied)
         metrics["time/train_s"] = perf_counter() - started
-        return metrics
+        return StepReport(metrics, applied, () if applied else faulty_groups(plan, token_losses))
 
-    def _micro_batch_loss(self, plan: RankPlan, rows: tuple[int, ...], payloads: tuple[Any, ...], sums: Any) -> Any:
-        """Returns Σ over the completion tokens of the micro-batch; 0 with a gradient where it has no rows."""
+    def _micro_batch_loss(self, bundles: Sequence[Bundle], payloads: tuple[Any, ...], sums: Any) -> tuple[Any, Any]:
+        """Returns Σ over the completion tokens of the micro-batch, 0 with a gradient where it has no bundles; and its terms,
+        [tokens] without a gradient."""
         import torch
 
         from maspo_ray.objectives import policy_loss
         from maspo_ray.tensor_ops import kl_estimate, masked_sum
 
-        items = [plan.items[row] for row in rows]
-        completions: list[Completion] = [payloads[payload][i] for payload, i in (item.completion for item in items)]
-        if not items:
+        if not bundles:
             # The rank still takes part in the collectives of forward and backward: any tokens will do, with weight 0.
-            return self._forward([(np.zeros(1, np.int32), np.zeros(1, np.int32))])[0].sum() * 0.0
-        batch = [(payloads[item.prompt].token_ids, c.token_ids) for item, c in zip(items, completions, strict=True)]
-        logprobs, entropy = self._forward(batch)
+            loss = self._forward([(np.zeros(1, np.int32), [np.zeros(1, np.int32)])])[0].sum() * 0.0
+            return loss, loss.new_zeros(0)
+        items = [item for bundle in bundles for item in bundle.items]
+        completions: list[Completion] = [payloads[payload][i] for payload, i in (item.completion for item in items)]
+        tokens = iter([completion.token_ids for completion in completions])
+        logprobs, entropy = self._forward(
+            [(payloads[bundle.prompt].token_ids, list(islice(tokens, len(bundle.items)))) for bundle in bundles]
+        )
         old_logprobs = self._tokens([c.logprobs for c in completions])
         counts = torch.tensor([item.num_tokens for item in items], device=self._device)
         advantages = torch.tensor([item.advantage for item in items], device=self._device).repeat_interleave(counts)
         mask = torch.ones_like(advantages, dtype=torch.bool)
         policy = policy_loss(logprobs, old_logprobs, advantages, self._objective)
         loss = masked_sum(policy.token_loss, mask)
+        token_loss = policy.token_loss.detach()
         sums.add_objective(policy, advantages, mask, loss, entropy)
         if self._kl.coef > 0:
             reference = self._tokens([payloads[ref[0]][ref[1]] for ref in (item.reference for item in items) if ref])
-            divergence = masked_sum(kl_estimate(logprobs, reference, self._kl.estimator), mask)
-            sums.add_kl(divergence, self._kl.coef)
-            loss = loss + self._kl.coef * divergence
-        return loss
+            divergence = kl_estimate(logprobs, reference, self._kl.estimator)
+            sums.add_kl(masked_sum(divergence, mask), self._kl.coef)
+            loss = loss + self._kl.coef * masked_sum(divergence, mask)
+            token_loss = token_loss + self._kl.coef * divergence.detach()
+        return loss, token_loss
 
-    def _forward(self, pairs: Sequence[tuple[NDArray[np.int32], NDArray[np.int32]]]) -> tuple[Any, Any]:
-        from actors.token_model import pad_sequences
+    def _forward(self, bundles: Sequence[tuple[NDArray[np.int32], Sequence[NDArray[np.int32]]]]) -> tuple[Any, Any]:
+        from actors.token_batch import lay_out
 
-        batch = pad_sequences(pairs, self._device)
-        return self._engine(batch.input_ids, batch.attention_mask, batch.completion_mask, self._temperature)
+        return self._engine(lay_out(bundles, self._device), self._temperature)
 
     def _tokens(self, arrays: Sequence[NDArray[np.float32]]) -> Any:
         import torch
 
         return torch.from_numpy(np.concatenate(arrays)).to(self._device)
 
+    def shares_prompts(self) -> bool:
+        return self._engine.module.shares_prompts
+
     def completion_logprobs(
         self, pairs: Sequence[tuple[NDArray[np.int32], NDArray[np.int32]]]
     ) -> Sequence[NDArray[np.float32]]:
-        from actors.token_model import sequence_logprobs
+        from actors.token_model import completion_logprobs
 
         self._engine.eval()
-        return sequence_logprobs(self._engine, pairs, self._temperature, self._device)
+        bundles = [(prompt, [completion]) for prompt, completion in pairs]
+        return completion_logprobs(self._engine, bundles, self._temperature, self._device)
 
     def connect(
         self, rollout_handles: Sequence[Any], workers_per_engine: int, backend: Backend, timeout_s: float
@@ -182,3 +192,21 @@ class DeepSpeedLearner:
     def shutdown(self) -> None:
         if self._publisher is not None:
             self._publisher.shutdown()
+
+
+def faulty_groups(plan: RankPlan, token_losses: Sequence[Any]) -> tuple[int, ...]:
+    """Returns the ids of the groups, of all ranks, with a loss that is not finite. A collective.
+
+    Args:
+        token_losses: of each micro-batch of the plan, [tokens].
+    """
+    import torch.distributed as dist
+
+    own = set()
+    for bundles, losses in zip(plan.micro_batches, token_losses, strict=True):
+        sizes = [sum(item.num_tokens for item in bundle.items) for bundle in bundles]
+        parts = losses.split(sizes) if bundles else ()
+        own |= {b.group_id for b, part in zip(bundles, parts, strict=True) if not part.isfinite().all()}
+    gathered: list[set[int]] = [set()] * dist.get_world_size()
+    dist.all_gather_object(gathered, own)
+    return tuple(sorted(set().union(*gathered)))

@@ -32,7 +32,9 @@ class HFReference:
         self._model = load_token_model(self._config).eval().requires_grad_(False).to(self._device)
 
     def completion_logprobs(self, prompt: Prompt, *batches: Sequence[Completion]) -> Sequence[NDArray[np.float32]]:
-        from actors.token_model import sequence_logprobs
+        from actors.token_model import completion_logprobs
 
-        pairs = [(prompt.token_ids, completion.token_ids) for batch in batches for completion in batch]
-        return sequence_logprobs(self._model, pairs, self._temperature, self._device)
+        completions = [completion.token_ids for batch in batches for completion in batch]
+        shared = self._model.shares_prompts
+        bundles = [(prompt.token_ids, part) for part in ([completions] if shared else [[c] for c in completions])]
+        return completion_logprobs(self._model, bundles, self._temperature, self._device)

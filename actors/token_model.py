@@ -1,95 +1,110 @@
 """A causal language model as what reinforcement learning needs of it: the log-probs of given completion tokens.
 
-Promise: logits are computed for completion tokens only, in chunks, in float32; `[tokens, vocab]` never exists whole. Shared by
-the learner and the reference, so that their log-probs are the same function of the weights.
+Promise: logits are computed for completion tokens only, in chunks, in float32; `[tokens, vocab]` never exists whole. No token attends
+to another sequence's. Shared by the learner and the reference, so that their log-probs are the same function of the weights.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from actors import tree_attention
+from actors.token_batch import Bundled, TokenBatch, lay_out
 from maspo_ray.config import ModelConfig
 from maspo_ray.tensor_ops import chunked_logprobs
 
+Attention = Literal["trees", "blocks", "packed", "alone"]
+"""How sequences of one row are kept apart. `trees` and `blocks` let completions share a prompt: our own attention over PyTorch's, or
+FlexAttention with a block mask. `packed` is transformers' own, which finds where a sequence begins by its position ids
+(FlashAttention's variable-length path, or a mask); `alone` is a forward pass for each sequence."""
 
-@dataclass(frozen=True, slots=True)
-class PaddedSequences:
-    """Sequences as rows, padded on the right.
 
-    Attributes:
-        input_ids: [rows, width] int64.
-        attention_mask: [rows, width] int64, 0 on padding.
-        completion_mask: [rows, width] bool, the tokens whose log-probs are wanted; never a row's first.
+def attention_of(config: Any, supports_backends: bool, implementation: str) -> Attention:
+    """Returns how a model keeps the sequences of a row apart, exactly.
+
+    Args:
+        config: of the model, transformers'.
+        supports_backends: whether the model takes its attention from transformers' registry.
+        implementation: as `model.attn_implementation` names it.
     """
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    completion_mask: torch.Tensor
-
-
-def pad_sequences(
-    pairs: Sequence[tuple[NDArray[np.int32], NDArray[np.int32]]], device: torch.device
-) -> PaddedSequences:
-    """Returns rows of (prompt, completion) pairs of token ids."""
-    width = max(len(prompt) + len(completion) for prompt, completion in pairs)
-    input_ids = np.zeros((len(pairs), width), dtype=np.int64)
-    kind = np.zeros((len(pairs), width), dtype=np.int8)
-    for row, (prompt, completion) in enumerate(pairs):
-        end = len(prompt) + len(completion)
-        input_ids[row, : len(prompt)] = prompt
-        input_ids[row, len(prompt) : end] = completion
-        kind[row, : len(prompt)] = 1
-        kind[row, len(prompt) : end] = 2
-    kinds = torch.from_numpy(kind).to(device)
-    return PaddedSequences(torch.from_numpy(input_ids).to(device), (kinds > 0).long(), kinds == 2)
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ())
+    if not supports_backends or kinds - {"full_attention", "sliding_attention", "chunked_attention"}:
+        # Layers with a state (Mamba and the like) carry it from one sequence into the next.
+        return "alone"
+    limited = kinds != {"full_attention"} if kinds else getattr(text, "sliding_window", None) is not None
+    if limited or implementation in ("eager", "flash_attention_2"):
+        return "packed"
+    return "blocks" if implementation == "flex_attention" else "trees"
 
 
 class TokenModel(torch.nn.Module):
     """Wraps a Hugging Face causal language model; `model` is that model, its parameters under their own names."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, attention: Attention) -> None:
         super().__init__()
         self.model = model
+        self.attention = attention
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        completion_mask: torch.Tensor,
-        temperature: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns (log-probs, entropy), each [completion tokens] float32, row after row; entropy has no gradient."""
-        backbone = self.model.get_decoder()
-        hidden = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        wanted = completion_mask[:, 1:]
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether a bundle may have several completions."""
+        return self.attention in ("trees", "blocks")
+
+    def forward(self, batch: TokenBatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns (log-probs, entropy) of the targets, each [targets] float32; entropy has no gradient."""
+        hidden = self._hidden(batch)[0].index_select(0, batch.predictors)
         head = self.model.get_output_embeddings()
-        return chunked_logprobs(hidden[:, :-1][wanted], head.weight, input_ids[:, 1:][wanted], temperature)
+        return chunked_logprobs(hidden, head.weight, batch.targets, temperature, bias=head.bias)
+
+    def _hidden(self, batch: TokenBatch) -> torch.Tensor:
+        """Returns [1, tokens, d], the last hidden states."""
+        assert self.shares_prompts or all(len(tree.branches) == 1 for tree in batch.trees), "a prompt is shared"
+        if self.attention == "alone":
+            sizes = [tree.num_tokens for tree in batch.trees]
+            rows = zip(batch.input_ids.split(sizes, 1), batch.position_ids.split(sizes, 1), strict=True)
+            return torch.cat([self._backbone(*row) for row in rows], dim=1)
+        if self.attention == "trees":
+            return self._backbone(batch.input_ids, batch.position_ids, trees=batch.trees)
+        if self.attention == "blocks":
+            mask = tree_attention.tree_block_mask(batch.trees, batch.input_ids.device)
+            return self._backbone(batch.input_ids, batch.position_ids, attention_mask=mask)
+        return self._backbone(batch.input_ids, batch.position_ids)
+
+    def _backbone(self, input_ids: torch.Tensor, position_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        decoder = self.model.get_decoder()
+        hidden: torch.Tensor = decoder(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False, **inputs
+        ).last_hidden_state
+        return hidden
 
 
 def load_token_model(config: ModelConfig) -> TokenModel:
     """Returns the model of the config in its dtype, on the CPU."""
+    there = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+    options = {"dtype": getattr(torch, config.dtype), "trust_remote_code": config.trust_remote_code}
     model = AutoModelForCausalLM.from_pretrained(
-        config.path,
-        dtype=getattr(torch, config.dtype),
-        attn_implementation=config.attn_implementation,
-        trust_remote_code=config.trust_remote_code,
+        config.path, attn_implementation=config.attn_implementation, config=there, **options
     )
-    return TokenModel(model)
+    attention = attention_of(there, model._supports_attention_backend, config.attn_implementation)
+    if attention == "trees":
+        model.set_attn_implementation(tree_attention.NAME)
+    return TokenModel(model, attention)
 
 
 @torch.no_grad()
-def sequence_logprobs(
-    model: torch.nn.Module,
-    pairs: Sequence[tuple[NDArray[np.int32], NDArray[np.int32]]],
-    temperature: float,
-    device: torch.device,
+def completion_logprobs(
+    model: torch.nn.Module, bundles: Sequence[Bundled], temperature: float, device: torch.device
 ) -> list[NDArray[np.float32]]:
-    """Returns for each (prompt, completion) pair the completion's [tokens] float32 log-probs."""
-    batch = pad_sequences(pairs, device)
-    logprobs, _ = model(batch.input_ids, batch.attention_mask, batch.completion_mask, temperature)
-    lengths = [len(completion) for _, completion in pairs]
+    """Returns [tokens] float32 log-probs of each bundle's completions in turn.
+
+    Args:
+        model: a `TokenModel`, or what wraps it.
+    """
+    logprobs, _ = model(lay_out(bundles, device), temperature)
+    lengths = [len(completion) for _, completions in bundles for completion in completions]
     return [part.numpy() for part in logprobs.cpu().split(lengths)]

@@ -199,8 +199,13 @@ class LearnerConfig(RoleConfig):
     max_grad_norm: float = Field(1.0, gt=0)
     zero_stage: Literal[0, 1, 2, 3] = 1
     max_tokens_per_micro_batch: int = Field(16384, ge=1)
-    """Upper bound of a micro-batch's prompt, completion and padding tokens."""
+    """Upper bound of a micro-batch's prompt and completion tokens."""
+    share_prompts: bool = True
+    """Pay for a prompt once for all its completions in a micro-batch: each attends to the one copy and to itself alone. The
+    result is the same. A model whose attention cannot do it (sliding windows, states) trains without, and says so."""
     gradient_checkpointing: bool = False
+    max_skipped_steps: int = Field(3, ge=0)
+    """A step whose loss or gradient is not finite is left out and logged with its groups; more in a row stop the run."""
     deepspeed: dict[str, Any] = {}
     """Passed through to DeepSpeed's configuration; the keys that the sections above set are refused."""
 

@@ -180,3 +180,18 @@ class Experience:
     group: Group
     advantages: tuple[float, ...]
     reference_logprobs: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What an optimizer step came to.
+
+    Attributes:
+        metrics: of the whole batch, by their names in metrics.jsonl.
+        applied: whether the weights changed. A step whose loss or gradient is not finite is left out.
+        faulty_groups: ids of the groups whose loss was not finite; none where the gradient alone was not.
+    """
+
+    metrics: dict[str, float]
+    applied: bool
+    faulty_groups: tuple[int, ...]

@@ -1,7 +1,11 @@
 """Experiences → micro-batches within a token budget, balanced over the learner's ranks.
 
 Promise: every scored rollout of a batch lies in exactly one micro-batch of one rank; every rank has the same number of
-micro-batches (a step is a collective); no micro-batch is over the budget, padding counted. Works on lengths, not on tokens.
+micro-batches (a step is a collective); no micro-batch is over the budget. Works on lengths, not on tokens.
+
+What is packed is a *bundle*: one copy of a prompt and completions of it behind it, each of which attends to the prompt and to itself
+alone. A prompt's forward and backward pass are then paid once for all of them. Not sharing prompts is the case of one
+completion to a bundle.
 """
 
 from collections.abc import Sequence
@@ -10,19 +14,20 @@ from typing import Any
 
 from maspo_ray.experience import Experience
 
+_TOKENS_WORTH_OF_PAIRS = 12_288
+"""A token costs a transformer's linear layers what so many query-key pairs cost its attention: 6 × hidden size, here of 2048."""
+
 
 @dataclass(frozen=True, slots=True)
 class Item:
     """One rollout to train on.
 
     Attributes:
-        prompt: position of its prompt in the rank's payloads.
-        completion: position of a list of completions there, and its own in the list.
+        completion: position of a list of completions in the rank's payloads, and its own in the list.
         reference: position of a list of reference log-probs there, and its own in the list; None without KL.
         num_tokens: completion tokens.
     """
 
-    prompt: int
     completion: tuple[int, int]
     reference: tuple[int, int] | None
     advantage: float
@@ -30,89 +35,154 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True)
+class Bundle:
+    """Completions behind one copy of their prompt.
+
+    Attributes:
+        prompt: position of the prompt in the rank's payloads.
+        group_id: of the group that they are from.
+    """
+
+    prompt: int
+    group_id: int
+    items: tuple[Item, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class RankPlan:
     """A rank's share of one optimizer step.
 
     Attributes:
-        micro_batches: positions in `items`; empty where the rank only takes part in the collective.
+        micro_batches: empty ones where the rank only takes part in the collective.
         batch_tokens: completion tokens of the whole batch, all ranks: the normaliser of the loss.
     """
 
-    items: tuple[Item, ...]
-    micro_batches: tuple[tuple[int, ...], ...]
+    micro_batches: tuple[tuple[Bundle, ...], ...]
     batch_tokens: int
 
 
-def cut_micro_batches(lengths: Sequence[int], ranks: int, max_tokens: int) -> list[list[list[int]]]:
-    """Returns for each rank its micro-batches, lists of positions in `lengths`.
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """Rollouts of an experience that share a prompt, by their places in the group."""
 
-    Sequences of like length share a micro-batch, since the shorter ones are padded. Micro-batches are dealt to the ranks
-    longest first, each round in the other direction.
+    experience: Experience
+    rollouts: tuple[int, ...]
 
-    Args:
-        lengths: tokens of each sequence, prompt and completion.
-        max_tokens: budget of rows × longest row.
+    @property
+    def lengths(self) -> list[int]:
+        return [self.experience.group.rollouts[i].facts.num_tokens for i in self.rollouts]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.experience.group.prompt_tokens + sum(self.lengths)
+
+    @property
+    def cost(self) -> float:
+        """Work of a forward pass, in tokens."""
+        prompt = self.experience.group.prompt_tokens
+        pairs = prompt * prompt / 2 + sum(length * (prompt + length / 2) for length in self.lengths)
+        return self.num_tokens + pairs / _TOKENS_WORTH_OF_PAIRS
+
+
+def cut_by_budget(prompt_tokens: int, lengths: Sequence[int], max_tokens: int, share: bool) -> list[tuple[int, ...]]:
+    """Returns the places in `lengths` of the completions that share a copy of their prompt, longest first.
+
+    Each copy, with what is behind it, has at most `max_tokens` tokens, unless one completion alone has more.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    if not share:
+        return [(i,) for i in range(len(lengths))]
     cut: list[list[int]] = []
-    for i in order:
-        if cut and lengths[cut[-1][0]] * (len(cut[-1]) + 1) <= max_tokens:
-            cut[-1].append(i)
+    free: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        for j, room in enumerate(free):
+            if lengths[i] <= room:
+                cut[j].append(i)
+                free[j] -= lengths[i]
+                break
         else:
             cut.append([i])
-    while len(cut) % ranks:
-        heaviest = max(cut, key=lambda rows: (len(rows) > 1, lengths[rows[0]] * len(rows) if rows else 0))
-        if len(heaviest) == 1:
-            cut.append([])
-            continue
-        half = len(heaviest) // 2
-        cut.append(heaviest[half:])
-        del heaviest[half:]
-    cut.sort(key=lambda rows: -sum(lengths[i] for i in rows))
-    shares: list[list[list[int]]] = [[] for _ in range(ranks)]
-    for start in range(0, len(cut), ranks):
-        dealt = cut[start : start + ranks]
-        for rank, rows in enumerate(reversed(dealt) if (start // ranks) % 2 else dealt):
-            shares[rank].append(rows)
+            free.append(max_tokens - prompt_tokens - lengths[i])
+    return [tuple(places) for places in cut]
+
+
+def deal(costs: Sequence[float], ranks: int) -> list[list[int]]:
+    """Returns for each rank places in `costs`: the costliest first, each to the rank with the least so far."""
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [0.0] * ranks
+    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        rank = min(range(ranks), key=lambda rank: (loads[rank], rank))
+        shares[rank].append(i)
+        loads[rank] += costs[i]
     return shares
 
 
-def pack(experiences: Sequence[Experience], ranks: int, max_tokens: int) -> list[tuple[RankPlan, tuple[Any, ...]]]:
+def fill(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Returns micro-batches, lists of places in `sizes`: the largest first, each to the first that has room for it."""
+    filled: list[list[int]] = []
+    free: list[int] = []
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        j = next((j for j, room in enumerate(free) if sizes[i] <= room), None)
+        if j is None:
+            filled.append([i])
+            free.append(max_tokens - sizes[i])
+        else:
+            filled[j].append(i)
+            free[j] -= sizes[i]
+    return filled
+
+
+def level(shares: list[list[list[int]]]) -> None:
+    """Halves micro-batches of the ranks that have fewer until all have as many, in place; an empty one where none has two."""
+    most = max(map(len, shares))
+    for share in shares:
+        while len(share) < most:
+            largest = max(share, key=len, default=[])
+            half = len(largest) // 2
+            share.append(largest[:half])
+            del largest[:half]
+
+
+def pack(
+    experiences: Sequence[Experience], ranks: int, max_tokens: int, share_prompts: bool
+) -> list[tuple[RankPlan, tuple[Any, ...]]]:
     """Returns for each rank its plan and the payload references that the plan's positions speak of."""
-    rollouts = [
-        (experience, i)
-        for experience in experiences
-        for i, rollout in enumerate(experience.group.rollouts)
-        # A rollout that could not be scored says nothing; it does not count in the normaliser either.
-        if rollout.verdict.outcome == "scored"
-    ]
-    lengths = [e.group.prompt_tokens + e.group.rollouts[i].facts.num_tokens for e, i in rollouts]
-    batch_tokens = sum(e.group.rollouts[i].facts.num_tokens for e, i in rollouts)
+    cuts = [cut for experience in experiences for cut in _cuts(experience, max_tokens, share_prompts)]
+    batch_tokens = sum(sum(cut.lengths) for cut in cuts)
+    dealt = [[cuts[i] for i in share] for share in deal([cut.cost for cut in cuts], ranks)]
+    shares = [fill([cut.num_tokens for cut in share], max_tokens) for share in dealt]
+    level(shares)
     plans = []
-    for share in cut_micro_batches(lengths, ranks, max_tokens):
+    for own, micro_batches in zip(dealt, shares, strict=True):
         positions: dict[Any, int] = {}
-        items: list[Item] = []
-        micro_batches: list[tuple[int, ...]] = []
-        for rows in share:
-            micro_batches.append(tuple(range(len(items), len(items) + len(rows))))
-            for experience, i in (rollouts[row] for row in rows):
-                items.append(_item(experience, i, positions))
-        plans.append((RankPlan(tuple(items), tuple(micro_batches), batch_tokens), tuple(positions)))
+        bundles = tuple(tuple(_bundle(own[i], positions) for i in places) for places in micro_batches)
+        plans.append((RankPlan(bundles, batch_tokens), tuple(positions)))
     return plans
 
 
-def _item(experience: Experience, i: int, positions: dict[Any, int]) -> Item:
-    """Returns the item of the experience's i-th rollout; adds what it refers to to `positions`, each reference once."""
+def _cuts(experience: Experience, max_tokens: int, share: bool) -> list[_Cut]:
+    group = experience.group
+    # A rollout that could not be scored says nothing; it does not count in the normaliser either.
+    scored = [i for i, rollout in enumerate(group.rollouts) if rollout.verdict.outcome == "scored"]
+    lengths = [group.rollouts[i].facts.num_tokens for i in scored]
+    cut = cut_by_budget(group.prompt_tokens, lengths, max_tokens, share)
+    return [_Cut(experience, tuple(scored[place] for place in places)) for places in cut]
+
+
+def _bundle(cut: _Cut, positions: dict[Any, int]) -> Bundle:
+    """Returns the bundle of a cut; adds what it refers to to `positions`, each reference once."""
 
     def position(payload: Any) -> int:
         return positions.setdefault(payload, len(positions))
 
-    group, reference = experience.group, experience.reference_logprobs
-    rollout = group.rollouts[i]
-    return Item(
-        prompt=position(group.prompt),
-        completion=(position(rollout.payload), rollout.position),
-        reference=None if reference is None else (position(reference), i),
-        advantage=experience.advantages[i],
-        num_tokens=rollout.facts.num_tokens,
+    group, reference = cut.experience.group, cut.experience.reference_logprobs
+    prompt = position(group.prompt)
+    items = tuple(
+        Item(
+            completion=(position(group.rollouts[i].payload), group.rollouts[i].position),
+            reference=None if reference is None else (position(reference), i),
+            advantage=cut.experience.advantages[i],
+            num_tokens=group.rollouts[i].facts.num_tokens,
+        )
+        for i in cut.rollouts
     )
+    return Bundle(prompt, group.group_id, items)

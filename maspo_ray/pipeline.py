@@ -6,6 +6,7 @@ ledger's and the buffer's; the coroutines only move things between them.
 """
 
 import asyncio
+import logging
 from time import monotonic
 from typing import Any
 
@@ -16,7 +17,7 @@ from maspo_ray.buffer import ReadyBuffer
 from maspo_ray.checks import Evaluator, Parity, ParityCheck
 from maspo_ray.config import RunConfig
 from maspo_ray.errors import RunError
-from maspo_ray.experience import Experience, Group, Outcome, Prompt
+from maspo_ray.experience import Experience, Group, Outcome, Prompt, StepReport
 from maspo_ray.fleet import Fleet, within
 from maspo_ray.ledger import GroupLedger, GroupOutcome
 from maspo_ray.metrics import StepMetrics
@@ -27,6 +28,8 @@ from maspo_ray.rollout_pool import RolloutPool
 from maspo_ray.run_folder import RunFolder
 from maspo_ray.run_record import RunRecord
 from maspo_ray.staleness import StalenessGate
+
+_log = logging.getLogger(__name__)
 
 
 class Pipeline:
@@ -64,6 +67,7 @@ class Pipeline:
         self._metrics = StepMetrics()
         self._num_groups = 0
         self._dropped_in_a_row = 0
+        self._skipped_in_a_row = 0
 
     @property
     def group_counts(self) -> dict[str, int]:
@@ -209,22 +213,41 @@ class Pipeline:
             metrics.add("staleness/max", staleness, reduction="max")
         learner = self._config.learner
         ranks = len(self._fleet.of_role("learner"))
-        plans = pack(batch, ranks, learner.max_tokens_per_micro_batch)
-        learned: dict[str, float] = await within(
+        plans = pack(batch, ranks, learner.max_tokens_per_micro_batch, self._fleet.shares_prompts)
+        report: StepReport = await within(
             self._config.pipeline.step_timeout_s,
             f"step {step} did not end within pipeline.step_timeout_s",
             self._fleet.learners_each("train_step", [(plan, *payloads) for plan, payloads in plans]),
         )
-        learned |= await self._publish(step)
+        self._watch_skipped(step, report)
+        learned = report.metrics | await self._publish(step)
         self._gate.publish(step)
         self._admission.set()
         for experience in batch:
-            self._end(experience.group, GroupOutcome.TRAINED, step=step)
+            if report.applied:
+                self._end(experience.group, GroupOutcome.TRAINED, step=step)
+            else:
+                self._end(experience.group, GroupOutcome.FAILED, cause=f"step {step} was left out")
         every = self._config.pipeline.parity_every
         if every and step % every == 0:
             parity = await self._check_parity(step)
             learned |= {"parity/max": parity.max, "parity/mean": parity.mean}
         return learned
+
+    def _watch_skipped(self, step: int, report: StepReport) -> None:
+        """Logs a step that was left out; raises when there were too many in a row."""
+        self._skipped_in_a_row = 0 if report.applied else self._skipped_in_a_row + 1
+        if report.applied:
+            return
+        groups = ", ".join(map(str, report.faulty_groups))
+        what = f"the loss of group {groups} is not finite" if groups else "the gradient is not finite"
+        _log.warning("step %d was left out: %s", step, what)
+        limit = self._config.learner.max_skipped_steps
+        if self._skipped_in_a_row > limit:
+            raise RunError(
+                f"the last {self._skipped_in_a_row} steps were left out (the latest: {what}), more than "
+                f"learner.max_skipped_steps ({limit}) allows. Lower learner.lr, or look at these groups' rewards and log-probs."
+            )
 
     async def _publish(self, version: int) -> dict[str, float]:
         # The client's own deadlines come first and name the actor; a collective that hangs has none of its own.

@@ -21,6 +21,8 @@ CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 _log = logging.getLogger(__name__)
 
+CPU_INFO = Path("/proc/cpuinfo")
+
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -43,7 +45,7 @@ def preflight(config: RunConfig, resume: bool) -> None:
             faults.append(str(error))
     if faults:
         raise ConfigError("\n".join(faults))
-    if config.model.dtype == "bfloat16" and config.learner.gpus == 0 and not has_fast_bfloat16(Path("/proc/cpuinfo")):
+    if config.model.dtype == "bfloat16" and config.learner.gpus == 0 and not has_fast_bfloat16(CPU_INFO):
         _log.warning(
             "model.dtype is bfloat16; this CPU multiplies it in software, at a small fraction of float32's speed. Set it to float32."
         )

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from maspo_ray.experience import Completion, CompletionFacts, Prompt, Verdict
+from maspo_ray.experience import Completion, CompletionFacts, Prompt, StepReport, Verdict
 from maspo_ray.packing import RankPlan
 from maspo_ray.weight_sync import Backend
 
@@ -90,8 +90,13 @@ class LearnerActor(Protocol):
 
     def setup(self, master_address: str, master_port: int) -> None: ...
 
-    def train_step(self, plan: RankPlan, *payloads: Any) -> dict[str, float]:
-        """Applies one optimizer step to this rank's share of a batch (`packing.RankPlan`); returns metrics."""
+    def train_step(self, plan: RankPlan, *payloads: Any) -> StepReport:
+        """Applies one optimizer step to this rank's share of a batch (`packing.RankPlan`); leaves it out, on every rank, where loss
+        or gradient is not finite."""
+        ...
+
+    def shares_prompts(self) -> bool:
+        """Returns whether `train_step` takes several completions behind one copy of their prompt; asked after `setup`."""
         ...
 
     def completion_logprobs(

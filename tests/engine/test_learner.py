@@ -12,7 +12,17 @@ from transformers import AutoModelForCausalLM
 
 from actors.deepspeed_learner import DeepSpeedLearner
 from maspo_ray.config import KLConfig, LearnerConfig, MaspoConfig, ModelConfig
-from maspo_ray.experience import Completion, CompletionFacts, Experience, Group, Prompt, Rollout, Verdict, VersionSpan
+from maspo_ray.experience import (
+    Completion,
+    CompletionFacts,
+    Experience,
+    Group,
+    Prompt,
+    Rollout,
+    StepReport,
+    Verdict,
+    VersionSpan,
+)
 from maspo_ray.objectives import policy_loss
 from maspo_ray.packing import pack
 from maspo_ray.tensor_ops import kl_estimate
@@ -101,31 +111,38 @@ def _start(model_path: str, ranks: int, zero_stage: int, max_tokens: int) -> lis
     return actors
 
 
-def _run(actors: Sequence[Any], batches: Sequence[list[Experience]], max_tokens: int) -> list[dict[str, float]]:
+def _run(
+    actors: Sequence[Any], batches: Sequence[list[Experience]], max_tokens: int, share: bool
+) -> list[dict[str, float]]:
     metrics = []
     for experiences in batches:
-        plans = pack(experiences, len(actors), max_tokens)
+        plans = pack(experiences, len(actors), max_tokens, share)
         # A world of 1 in disguise would see the batch of one rank only; the shares must differ and both be there.
-        assert sum(len(plan.items) for plan, _ in plans) == 12
-        assert all(plan.items for plan, _ in plans)
+        counts = [sum(len(b.items) for bundles in plan.micro_batches for b in bundles) for plan, _ in plans]
+        assert sum(counts) == 12
+        assert all(counts)
         calls = [
             actor.train_step.remote(plan, *payloads) for actor, (plan, payloads) in zip(actors, plans, strict=True)
         ]
-        metrics.append(ray.get(calls)[0])
+        reports = ray.get(calls)
+        assert all(report.applied and not report.faulty_groups for report in reports)
+        metrics.append(reports[0].metrics)
     return metrics
 
 
 @pytest.mark.parametrize(
-    ("ranks", "zero_stage", "max_tokens"), [(1, 1, 4096), (2, 0, 40), (2, 3, 24)], ids=["one", "two", "two_zero3"]
+    ("ranks", "zero_stage", "max_tokens", "share"),
+    [(1, 1, 4096, True), (2, 0, 40, False), (2, 3, 24, True)],
+    ids=["one", "two_unshared", "two_zero3"],
 )
 def test_learner_steps_equal_plain_pytorch_for_any_cut(
-    tiny_model: str, own_ray: None, tmp_path: Path, ranks: int, zero_stage: int, max_tokens: int
+    tiny_model: str, own_ray: None, tmp_path: Path, ranks: int, zero_stage: int, max_tokens: int, share: bool
 ) -> None:
     batches = [_batch(seed) for seed in range(STEPS)]
     expected, losses = _expected(tiny_model, [rows for _, rows in batches])
     actors = _start(tiny_model, ranks, zero_stage, max_tokens)
     try:
-        metrics = _run(actors, [experiences for experiences, _ in batches], max_tokens)
+        metrics = _run(actors, [experiences for experiences, _ in batches], max_tokens, share)
         assert [m["loss"] for m in metrics] == pytest.approx(losses, rel=1e-4)
         if zero_stage > 0:
             assert all(m["learner/grad_norm"] > 0 for m in metrics)
@@ -143,17 +160,35 @@ def test_learner_steps_equal_plain_pytorch_for_any_cut(
     assert (tmp_path / "saved" / "tokenizer.json").exists()
 
 
-def test_learner_loss_that_is_not_finite_is_not_applied(tiny_model: str, own_ray: None) -> None:
+@pytest.mark.parametrize(("ranks", "zero_stage"), [(1, 1), (2, 0)])
+def test_learner_step_with_a_loss_that_is_not_finite_is_left_out_and_names_the_group(
+    tiny_model: str, own_ray: None, ranks: int, zero_stage: int
+) -> None:
     experiences, _ = _batch(0)
-    [first, *rest] = experiences
-    broken = [Experience(first.group, (float("nan"),) * 3, first.reference_logprobs), *rest]
-    [actor] = _start(tiny_model, 1, 1, 4096)
+    [first, second, *rest] = experiences
+    broken = [first, Experience(second.group, (0.5, float("nan"), -0.5), second.reference_logprobs), *rest]
+    actors = _start(tiny_model, ranks, zero_stage, 4096)
+
+    def probe() -> np.ndarray:
+        return ray.get([actor.completion_logprobs.remote([(PROBE[:1], PROBE[1:])]) for actor in actors])[0][0]
+
+    def step(batch: list[Experience]) -> StepReport:
+        plans = pack(batch, ranks, 4096, True)
+        calls = [a.train_step.remote(plan, *payloads) for a, (plan, payloads) in zip(actors, plans, strict=True)]
+        reports = ray.get(calls)
+        assert len({(report.applied, report.faulty_groups) for report in reports}) == 1
+        return reports[0]
+
     try:
-        before = ray.get(actor.completion_logprobs.remote([(PROBE[:1], PROBE[1:])]))[0]
-        [(plan, payloads)] = pack(broken, 1, 4096)
-        with pytest.raises(ray.exceptions.RayTaskError, match="the loss is nan; the step was not applied"):
-            ray.get(actor.train_step.remote(plan, *payloads))
-        after = ray.get(actor.completion_logprobs.remote([(PROBE[:1], PROBE[1:])]))[0]
-        assert np.array_equal(before, after)
+        before = probe()
+        report = step(broken)
+        assert (report.applied, report.faulty_groups) == (False, (second.group.group_id,))
+        assert report.metrics["learner/skipped"] == 1
+        assert np.array_equal(before, probe())
+        # What was left out leaves nothing behind for the next step.
+        assert step(experiences).applied
+        after = probe()
+        assert np.isfinite(after).all() and not np.array_equal(before, after)
     finally:
-        ray.kill(actor)
+        for actor in actors:
+            ray.kill(actor)

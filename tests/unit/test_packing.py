@@ -7,66 +7,65 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maspo_ray.experience import CompletionFacts, Experience, Group, Outcome, Rollout, Verdict
-from maspo_ray.packing import cut_micro_batches, pack
+from maspo_ray.packing import Item, RankPlan, cut_by_budget, deal, fill, level, pack
 
 LENGTHS = st.lists(st.integers(1, 60), max_size=40)
 
 
-def _padded_tokens(rows: list[int], lengths: list[int]) -> int:
-    return len(rows) * max((lengths[i] for i in rows), default=0)
-
-
-@given(lengths=LENGTHS, ranks=st.integers(1, 4), max_tokens=st.integers(1, 200))
-def test_cut_every_sequence_lies_in_exactly_one_micro_batch(lengths: list[int], ranks: int, max_tokens: int) -> None:
-    shares = cut_micro_batches(lengths, ranks, max_tokens)
-    assert len(shares) == ranks
-    assert sorted(i for share in shares for rows in share for i in rows) == list(range(len(lengths)))
-
-
-@given(lengths=LENGTHS, ranks=st.integers(1, 4), max_tokens=st.integers(1, 200))
-def test_cut_every_rank_has_as_many_micro_batches(lengths: list[int], ranks: int, max_tokens: int) -> None:
-    assert len({len(share) for share in cut_micro_batches(lengths, ranks, max_tokens)}) == 1
-
-
-@given(lengths=LENGTHS, ranks=st.integers(1, 4), max_tokens=st.integers(1, 200))
-def test_cut_no_micro_batch_is_over_the_budget_unless_one_sequence_is(
-    lengths: list[int], ranks: int, max_tokens: int
+@given(prompt=st.integers(1, 20), lengths=LENGTHS, max_tokens=st.integers(1, 200), share=st.booleans())
+def test_cut_every_completion_lies_behind_one_copy_of_the_prompt_within_the_budget(
+    prompt: int, lengths: list[int], max_tokens: int, share: bool
 ) -> None:
-    for share in cut_micro_batches(lengths, ranks, max_tokens):
-        for rows in share:
-            assert len(rows) <= 1 or _padded_tokens(rows, lengths) <= max_tokens
+    cut = cut_by_budget(prompt, lengths, max_tokens, share)
+    assert sorted(i for places in cut for i in places) == list(range(len(lengths)))
+    for places in cut:
+        assert len(places) <= (len(lengths) if share else 1)
+        assert len(places) == 1 or prompt + sum(lengths[i] for i in places) <= max_tokens
 
 
-@given(lengths=LENGTHS, ranks=st.integers(1, 4), max_tokens=st.integers(1, 200))
-def test_cut_a_rank_is_idle_only_where_there_are_fewer_sequences_than_places(
-    lengths: list[int], ranks: int, max_tokens: int
-) -> None:
-    shares = cut_micro_batches(lengths, ranks, max_tokens)
-    empty = sum(not rows for share in shares for rows in share)
-    # One sequence to a micro-batch is the finest cut, so that only then a place may stay empty, and in one round at most.
-    assert empty < ranks
-    if empty:
-        assert all(len(rows) <= 1 for share in shares for rows in share)
+def test_cut_shares_the_prompt_by_all_that_fit() -> None:
+    # Behind a prompt of 4 there is room for 16. Longest first, each where it fits first: 9 and 7; 8, 5 and 2.
+    assert cut_by_budget(4, [5, 9, 7, 2, 8], 20, share=True) == [(1, 2), (4, 0, 3)]
+    assert cut_by_budget(4, [5, 9, 2], 20, share=True) == [(1, 0, 2)]
+    assert cut_by_budget(4, [5, 9, 2], 20, share=False) == [(0,), (1,), (2,)]
 
 
-def test_cut_fills_the_budget_with_sequences_of_like_length() -> None:
-    # Longest first: 8 and 8 pad to 16; 3, 3, 2 to 9, and a fourth of 8 would have made 3 × 8 = 24.
-    assert cut_micro_batches([3, 8, 2, 8, 3], 1, 16) == [[[1, 3], [0, 4, 2]]]
+@given(sizes=LENGTHS, max_tokens=st.integers(1, 200))
+def test_fill_every_bundle_lies_in_one_micro_batch_within_the_budget(sizes: list[int], max_tokens: int) -> None:
+    filled = fill(sizes, max_tokens)
+    assert sorted(i for places in filled for i in places) == list(range(len(sizes)))
+    assert all(len(places) == 1 or sum(sizes[i] for i in places) <= max_tokens for places in filled)
+    # First fit leaves at most one micro-batch that is less than half full.
+    assert sum(2 * sum(sizes[i] for i in places) < max_tokens for places in filled) <= 1
 
 
-def test_cut_deals_the_ranks_alike_loads() -> None:
-    # One sequence each, 10 9 | 8 7: the second round goes the other way, 10 + 7 and 9 + 8.
-    shares = cut_micro_batches([10, 9, 8, 7], 2, 10)
-    assert shares == [[[0], [3]], [[1], [2]]]
+@given(costs=st.lists(st.floats(0.1, 100), max_size=30), ranks=st.integers(1, 5))
+def test_deal_ranks_differ_by_no_more_than_one_bundle(costs: list[float], ranks: int) -> None:
+    shares = deal(costs, ranks)
+    assert sorted(i for share in shares for i in share) == list(range(len(costs)))
+    loads = [sum(costs[i] for i in share) for share in shares]
+    assert max(loads) - min(loads) <= max(costs, default=0) + 1e-9
 
 
-def test_cut_halves_a_micro_batch_so_that_the_ranks_come_out_even() -> None:
-    # All four fit into one micro-batch, which two ranks cannot share: two and two.
-    assert cut_micro_batches([5, 5, 5, 5], 2, 20) == [[[0, 1]], [[2, 3]]]
+def test_deal_gives_the_costliest_first_to_the_rank_with_least() -> None:
+    # 10 | 9, then 8 to the 9 (17 would be 18): 10 + 7 and 9 + 8.
+    assert deal([10, 9, 8, 7], 2) == [[0, 3], [1, 2]]
 
 
-def test_cut_one_sequence_leaves_the_other_ranks_an_empty_micro_batch() -> None:
-    assert cut_micro_batches([5], 3, 20) == [[[0]], [[]], [[]]]
+@given(sizes=st.lists(LENGTHS, min_size=1, max_size=4), max_tokens=st.integers(1, 100))
+def test_level_gives_every_rank_as_many_and_loses_nothing(sizes: list[list[int]], max_tokens: int) -> None:
+    shares = [fill(own, max_tokens) for own in sizes]
+    level(shares)
+    assert len({len(share) for share in shares}) == 1
+    for share, own in zip(shares, sizes, strict=True):
+        assert sorted(i for places in share for i in places) == list(range(len(own)))
+        # A place stays empty only where no micro-batch has two bundles.
+        assert all(share) or all(len(places) <= 1 for places in share)
+
+
+def _items(plan: RankPlan) -> list[tuple[int, Item]]:
+    """Returns each item with the position of its prompt."""
+    return [(bundle.prompt, item) for bundles in plan.micro_batches for bundle in bundles for item in bundle.items]
 
 
 # Plans. Payloads are named by strings, as references would be: equal exactly if they are the same.
@@ -98,14 +97,14 @@ def _scored(experiences: list[Experience]) -> list[tuple[Experience, int]]:
     ]
 
 
-@given(experiences=_experiences(), ranks=st.integers(1, 4), max_tokens=st.integers(1, 60))
+@given(experiences=_experiences(), ranks=st.integers(1, 4), max_tokens=st.integers(1, 60), share=st.booleans())
 def test_pack_scored_rollouts_come_out_once_with_their_payload_and_advantage(
-    experiences: list[Experience], ranks: int, max_tokens: int
+    experiences: list[Experience], ranks: int, max_tokens: int, share: bool
 ) -> None:
     packed = Counter(
-        (payloads[item.prompt], payloads[item.completion[0]], item.completion[1], item.advantage, item.num_tokens)
-        for plan, payloads in pack(experiences, ranks, max_tokens)
-        for item in plan.items
+        (payloads[prompt], payloads[item.completion[0]], item.completion[1], item.advantage, item.num_tokens)
+        for plan, payloads in pack(experiences, ranks, max_tokens, share)
+        for prompt, item in _items(plan)
     )
     expected = Counter(
         (e.group.prompt, r.payload, r.position, e.advantages[i], r.facts.num_tokens)
@@ -115,44 +114,67 @@ def test_pack_scored_rollouts_come_out_once_with_their_payload_and_advantage(
     assert packed == expected
 
 
-@given(experiences=_experiences(), ranks=st.integers(1, 4), max_tokens=st.integers(1, 60))
+@given(experiences=_experiences(), ranks=st.integers(1, 4), max_tokens=st.integers(1, 60), share=st.booleans())
 def test_pack_normaliser_is_the_scored_completion_tokens_of_the_whole_batch_on_every_rank(
-    experiences: list[Experience], ranks: int, max_tokens: int
+    experiences: list[Experience], ranks: int, max_tokens: int, share: bool
 ) -> None:
-    plans = pack(experiences, ranks, max_tokens)
+    plans = pack(experiences, ranks, max_tokens, share)
     tokens = sum(e.group.rollouts[i].facts.num_tokens for e, i in _scored(experiences))
     assert [plan.batch_tokens for plan, _ in plans] == [tokens] * ranks
-    assert sum(item.num_tokens for plan, _ in plans for item in plan.items) == tokens
+    assert sum(item.num_tokens for plan, _ in plans for _, item in _items(plan)) == tokens
 
 
-@given(experiences=_experiences(), ranks=st.integers(1, 4), max_tokens=st.integers(1, 60))
-def test_pack_micro_batches_cover_the_ranks_items_and_count_the_prompt_in_the_budget(
-    experiences: list[Experience], ranks: int, max_tokens: int
+@given(experiences=_experiences(), ranks=st.integers(1, 4), max_tokens=st.integers(1, 60), share=st.booleans())
+def test_pack_micro_batches_are_as_many_on_every_rank_and_within_the_budget(
+    experiences: list[Experience], ranks: int, max_tokens: int, share: bool
 ) -> None:
-    plans = pack(experiences, ranks, max_tokens)
+    plans = pack(experiences, ranks, max_tokens, share)
     assert len({len(plan.micro_batches) for plan, _ in plans}) == 1
-    prompt_tokens = {e.group.prompt: e.group.prompt_tokens for e in experiences}
+    groups = {e.group.group_id: e.group for e in experiences}
     for plan, payloads in plans:
-        assert [i for rows in plan.micro_batches for i in rows] == list(range(len(plan.items)))
-        for rows in plan.micro_batches:
-            lengths = [prompt_tokens[payloads[plan.items[i].prompt]] + plan.items[i].num_tokens for i in rows]
-            assert len(rows) <= 1 or len(rows) * max(lengths) <= max_tokens
+        for bundles in plan.micro_batches:
+            tokens = [
+                groups[bundle.group_id].prompt_tokens + sum(item.num_tokens for item in bundle.items)
+                for bundle in bundles
+            ]
+            assert sum(tokens) <= max_tokens or (len(bundles) == 1 and len(bundles[0].items) == 1)
+            for bundle in bundles:
+                assert payloads[bundle.prompt] == groups[bundle.group_id].prompt
+                assert share or len(bundle.items) == 1
 
 
-@given(experiences=_experiences(with_reference=True), ranks=st.integers(1, 4), max_tokens=st.integers(1, 60))
+def test_pack_shares_a_prompt_by_its_groups_completions() -> None:
+    facts = [CompletionFacts(n, 0, 0, "stop") for n in (3, 5)]
+    rollouts = tuple(Rollout("payload", i, known, Verdict.from_reward(1.0)) for i, known in enumerate(facts))
+    experience = Experience(Group(7, "train/0", "prompt", 10, 0, rollouts), (1.0, -1.0))
+    # 10 + 5 + 3 tokens in one micro-batch, where two copies of the prompt would need two.
+    [(plan, _)] = pack([experience], 1, 18, True)
+    [[bundle]] = plan.micro_batches
+    assert [item.num_tokens for item in bundle.items] == [5, 3]
+    assert bundle.group_id == 7
+    [(plan, _)] = pack([experience], 1, 18, False)
+    assert [len(bundles) for bundles in plan.micro_batches] == [1, 1]
+
+
+@given(
+    experiences=_experiences(with_reference=True),
+    ranks=st.integers(1, 4),
+    max_tokens=st.integers(1, 60),
+    share=st.booleans(),
+)
 def test_pack_sends_a_rank_each_payload_once_and_none_that_it_does_not_use(
-    experiences: list[Experience], ranks: int, max_tokens: int
+    experiences: list[Experience], ranks: int, max_tokens: int, share: bool
 ) -> None:
-    for plan, payloads in pack(experiences, ranks, max_tokens):
-        used = {p for item in plan.items for p in (item.prompt, item.completion[0], (item.reference or (0, 0))[0])}
+    for plan, payloads in pack(experiences, ranks, max_tokens, share):
+        used = {p for prompt, item in _items(plan) for p in (prompt, item.completion[0], (item.reference or (0, 0))[0])}
         assert used == set(range(len(payloads)))
         assert len(set(payloads)) == len(payloads)
 
 
 @given(experiences=_experiences(with_reference=True), ranks=st.integers(1, 4))
 def test_pack_reference_is_the_rollouts_place_in_its_group(experiences: list[Experience], ranks: int) -> None:
-    for plan, payloads in pack(experiences, ranks, 60):
-        for item in plan.items:
+    for plan, payloads in pack(experiences, ranks, 60, True):
+        for _, item in _items(plan):
             assert item.reference is not None
             # The advantages above number the rollouts of a group: 100 · group + place.
             group, place = divmod(int(item.advantage), 100)
@@ -161,4 +183,4 @@ def test_pack_reference_is_the_rollouts_place_in_its_group(experiences: list[Exp
 
 @given(experiences=_experiences(), ranks=st.integers(1, 4))
 def test_pack_without_kl_has_no_reference(experiences: list[Experience], ranks: int) -> None:
-    assert all(item.reference is None for plan, _ in pack(experiences, ranks, 60) for item in plan.items)
+    assert all(item.reference is None for plan, _ in pack(experiences, ranks, 60, True) for _, item in _items(plan))

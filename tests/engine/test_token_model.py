@@ -1,0 +1,152 @@
+"""Log-probs of packed sequences against plain transformers, one sequence at a time; gradients too."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
+
+from actors.token_batch import Bundled, Tree, lay_out
+from actors.token_model import TokenModel, attention_of, load_token_model
+from actors.tree_attention import tree_mask
+from maspo_ray.config import ModelConfig
+
+pytestmark = pytest.mark.engine
+
+TEMPERATURE = 0.7
+SIZES = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2}
+HEADS = {"intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.1}
+
+
+def _save(folder: Path, kind: str) -> str:
+    torch.manual_seed(0)
+    if kind == "llama":
+        LlamaForCausalLM(LlamaConfig(**SIZES, **HEADS)).save_pretrained(folder)
+    elif kind == "sliding":
+        MistralForCausalLM(MistralConfig(**SIZES, **HEADS, sliding_window=4)).save_pretrained(folder)
+    else:
+        MambaForCausalLM(MambaConfig(**SIZES, initializer_range=0.1)).save_pretrained(folder)
+    return str(folder)
+
+
+def _bundles(seed: int) -> list[Bundled]:
+    rng = np.random.default_rng(seed)
+
+    def ids(length: int) -> Any:
+        return rng.integers(3, 60, size=length).astype(np.int32)
+
+    # A completion of one token has no branch of its own.
+    return [(ids(5), [ids(n) for n in (9, 1, 4)]), (ids(1), [ids(3)]), (ids(7), [ids(n) for n in (1, 1, 6, 12)])]
+
+
+def _apart(bundles: list[Bundled]) -> list[Bundled]:
+    return [(prompt, [completion]) for prompt, completions in bundles for completion in completions]
+
+
+def _plain(model: torch.nn.Module, bundles: list[Bundled]) -> torch.Tensor:
+    """Returns the completions' log-probs, one sequence after the other through transformers' own forward pass."""
+    rows = []
+    for prompt, [completion] in _apart(bundles):
+        ids = torch.from_numpy(np.concatenate([prompt, completion]).astype(np.int64))
+        logits = model(input_ids=ids[None]).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
+        rows.append(logits.log_softmax(-1).gather(1, ids[len(prompt) :, None])[:, 0])
+    return torch.cat(rows)
+
+
+def _with_gradients(model: torch.nn.Module, logprobs: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    weights = torch.linspace(-1, 2, len(logprobs))
+    gradients = torch.autograd.grad((logprobs * weights).sum(), list(model.parameters()))
+    return logprobs.detach(), [gradient.detach() for gradient in gradients]
+
+
+def _assert_close(a: torch.Tensor, b: torch.Tensor) -> None:
+    assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_packed_logprobs_and_gradients_equal_those_of_sequences_alone(tmp_path: Path, shared: bool) -> None:
+    path = _save(tmp_path, "llama")
+    token_model = load_token_model(ModelConfig(path=path, dtype="float32"))
+    assert token_model.attention == "trees"
+    plain = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32)
+    bundles = _bundles(1)
+    expected, expected_gradients = _with_gradients(plain, _plain(plain, bundles))
+    batch = lay_out(bundles if shared else _apart(bundles), torch.device("cpu"))
+    logprobs, gradients = _with_gradients(token_model.model, token_model(batch, TEMPERATURE)[0])
+    assert (logprobs - expected).abs().max() < 1e-5 * expected.abs().max()
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        _assert_close(gradient, expected_gradient)
+
+
+@pytest.mark.parametrize(("kind", "attention"), [("sliding", "packed"), ("mamba", "alone")])
+def test_models_that_cannot_share_a_prompt_are_exact_without(tmp_path: Path, kind: str, attention: str) -> None:
+    path = _save(tmp_path, kind)
+    implementation: Any = "eager" if kind == "mamba" else "sdpa"
+    token_model = load_token_model(ModelConfig(path=path, dtype="float32", attn_implementation=implementation))
+    assert token_model.attention == attention
+    assert not token_model.shares_prompts
+    plain = type(token_model.model).from_pretrained(path, dtype=torch.float32)
+    bundles = _bundles(2)
+    expected, expected_gradients = _with_gradients(plain, _plain(plain, bundles))
+    batch = lay_out(_apart(bundles), torch.device("cpu"))
+    logprobs, gradients = _with_gradients(token_model.model, token_model(batch, TEMPERATURE)[0])
+    assert (logprobs - expected).abs().max() < 1e-5 * expected.abs().max()
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        _assert_close(gradient, expected_gradient)
+    with pytest.raises(AssertionError, match="a prompt is shared"):
+        token_model(lay_out(bundles, torch.device("cpu")), TEMPERATURE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_neighbours_in_a_row_do_not_change_a_sequence(tmp_path: Path, implementation: Any) -> None:
+    config = ModelConfig(path=_save(tmp_path, "llama"), dtype="float32", attn_implementation=implementation)
+    token_model = load_token_model(config)
+    first, *others = _apart(_bundles(3))
+    probe = len(first[1][0])
+    alone, _ = token_model(lay_out([first], torch.device("cpu")), TEMPERATURE)
+    for neighbours in (others, _apart(_bundles(4))):
+        packed, _ = token_model(lay_out([*neighbours, first], torch.device("cpu")), TEMPERATURE)
+        assert (packed[-probe:] - alone).abs().max() < 1e-5
+
+
+def test_block_mask_lets_a_branch_see_its_prompt_and_itself_only() -> None:
+    trees = (Tree(2, (0, 0, 0, 1, 2)), Tree(1, (0, 0, 1)))
+    # Nodes of the tokens by hand: prompt a a, branches b, c c; prompt d, branch e.
+    nodes, sees = "aabccde", {"a": "a", "b": "ab", "c": "ac", "d": "d", "e": "de"}
+    expected = [[q >= k and nodes[k] in sees[nodes[q]] for k in range(7)] for q in range(7)]
+    attends = tree_mask(trees, torch.device("cpu"))
+    index = torch.arange(7)
+    assert attends(None, None, index[:, None], index[None, :]).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("keys", "supports", "implementation", "attention"),
+    [
+        ({}, True, "sdpa", "trees"),
+        ({}, True, "flex_attention", "blocks"),
+        ({}, True, "flash_attention_2", "packed"),
+        ({}, True, "eager", "packed"),
+        ({}, False, "sdpa", "alone"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, True, "flex_attention", "packed"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, True, "sdpa", "alone"),
+        ({"sliding_window": 16}, True, "sdpa", "packed"),
+    ],
+)
+def test_attention_follows_from_the_models_layers(
+    keys: dict[str, Any], supports: bool, implementation: str, attention: str
+) -> None:
+    config = LlamaConfig(**SIZES, **HEADS)
+    for name, value in keys.items():
+        setattr(config, name, value)
+    assert attention_of(config, supports, implementation) == attention
+
+
+def test_output_layers_bias_counts(tmp_path: Path) -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, **HEADS, tie_word_embeddings=False, attn_implementation="eager"))
+    model.lm_head = torch.nn.Linear(64, 64, bias=True)
+    bundles = _bundles(5)
+    logprobs, _ = TokenModel(model, "packed")(lay_out(_apart(bundles), torch.device("cpu")), TEMPERATURE)
+    _assert_close(logprobs.detach(), _plain(model, bundles).detach())
