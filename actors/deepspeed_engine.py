@@ -51,7 +51,7 @@ def interface_of(address: str) -> str | None:
     return None
 
 
-def start_engine(model: TokenModel, learner: LearnerConfig, config: ModelConfig, total_steps: int) -> Any:
+def start_engine(model: TokenModel, learner: LearnerConfig, config: ModelConfig, total_updates: int) -> Any:
     """Returns the DeepSpeed engine that owns the model, its AdamW and its learning-rate schedule."""
     if learner.gradient_checkpointing:
         model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -63,7 +63,7 @@ def start_engine(model: TokenModel, learner: LearnerConfig, config: ModelConfig,
         weight_decay=learner.weight_decay,
         fused=True,
     )
-    schedule = get_scheduler(learner.schedule, optimizer, learner.warmup_steps, total_steps)
+    schedule = get_scheduler(learner.schedule, optimizer, learner.warmup_steps, total_updates)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
@@ -77,7 +77,7 @@ def start_engine(model: TokenModel, learner: LearnerConfig, config: ModelConfig,
     return engine
 
 
-def apply_step(engine: Any, loss_is_finite: bool) -> bool:
+def apply_update(engine: Any, loss_is_finite: bool) -> bool:
     """Applies the gradient that has been gathered; returns whether the weights changed. A collective.
 
     A gradient that is not finite is discarded, as is that of a loss that is not: by DeepSpeed, whose ZeRO and bfloat16 optimizers

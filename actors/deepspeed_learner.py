@@ -7,7 +7,6 @@ step whose loss is not finite is not applied.
 import math
 import os
 from collections.abc import Sequence
-from itertools import islice
 from time import perf_counter
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maspo_ray.config import KLConfig, LearnerConfig, ModelConfig, ObjectiveConfig
-from maspo_ray.experience import Completion, StepReport
+from maspo_ray.experience import UpdateReport
 from maspo_ray.packing import Bundle, RankPlan
 from maspo_ray.weight_sync import Backend
 
@@ -31,7 +30,7 @@ class DeepSpeedLearner:
         objective: ObjectiveConfig,
         kl: KLConfig,
         temperature: float,
-        total_steps: int,
+        total_updates: int,
         rank: int,
         world_size: int,
         threads: int,
@@ -42,7 +41,7 @@ class DeepSpeedLearner:
         self._objective = objective
         self._kl = kl
         self._temperature = temperature
-        self._total_steps = total_steps
+        self._total_updates = total_updates
         self._rank = rank
         self._world_size = world_size
         self._threads = threads
@@ -84,77 +83,81 @@ class DeepSpeedLearner:
         torch.manual_seed(self._seed)
         init_process_group(self._config.gpus)
         self._engine = start_engine(
-            load_token_model(self._model_config), self._config, self._model_config, self._total_steps
+            load_token_model(self._model_config), self._config, self._model_config, self._total_updates
         )
         self._weights = EngineWeights(self._engine)
         self._device = device_of()
 
-    def train_step(self, plan: RankPlan, *payloads: Any) -> StepReport:
-        from actors.deepspeed_engine import apply_step
-        from actors.learner_metrics import StepSums
+    def train_step(self, plans: Sequence[RankPlan], *payloads: Any) -> list[UpdateReport]:
+        old: list[Sequence[Any] | None] = [None] * len(plans)
+        if self._objective.old_policy == "recompute":
+            # The first update meets the weights that the batch met: its own log-probs will do.
+            old[1:] = [self._logprobs(plan, payloads) for plan in plans[1:]]
+        return [self._update(plan, payloads, known) for plan, known in zip(plans, old, strict=True)]
 
-        started = perf_counter()
+    def _logprobs(self, plan: RankPlan, payloads: Sequence[Any]) -> list[Any]:
+        """Returns the log-probs of each micro-batch under the weights as they are, without a gradient."""
+        import torch
+
+        from actors.micro_batch import gather_micro_batch
+
+        self._engine.eval()
+        with torch.no_grad():
+            batches = (gather_micro_batch(bundles, payloads, self._device) for bundles in plan.micro_batches)
+            return [self._engine(batch.tokens, self._temperature)[0] for batch in batches]
+
+    def _update(self, plan: RankPlan, payloads: Sequence[Any], old: Sequence[Any] | None) -> UpdateReport:
+        """Makes one optimizer update.
+
+        Args:
+            old: with `recompute`, log π_old of each micro-batch, [tokens]; None for what the weights say now.
+        """
+        from actors.deepspeed_engine import apply_update
+        from actors.learner_metrics import StepSums, faulty_groups
+
         self._engine.train()
         sums = StepSums(self._device)
         token_losses = []
-        for bundles in plan.micro_batches:
-            loss, token_loss = self._micro_batch_loss(bundles, payloads, sums)
+        for i, bundles in enumerate(plan.micro_batches):
+            loss, token_loss = self._loss(bundles, payloads, old[i] if old else None, sums)
             token_losses.append(token_loss)
             # DeepSpeed averages gradients over the ranks; the shares are to be added up.
             self._engine.backward(loss * (self._world_size / plan.batch_tokens), scale_wrt_gas=False)
         metrics = sums.reduce(plan.batch_tokens)
         metrics["learner/lr"] = float(self._engine.get_lr()[0])
-        applied = apply_step(self._engine, math.isfinite(metrics["loss"]))
-        norm = self._engine.get_global_grad_norm()
-        if norm is not None:
-            metrics["learner/grad_norm"] = float(norm) if applied else math.nan
+        applied = apply_update(self._engine, math.isfinite(metrics["loss"]))
+        if applied and (norm := self._engine.get_global_grad_norm()) is not None:
+            metrics["learner/grad_norm"] = float(norm)
         metrics["learner/skipped"] = float(not applied)
-        metrics["time/train_s"] = perf_counter() - started
-        return StepReport(metrics, applied, () if applied else faulty_groups(plan, token_losses))
+        return UpdateReport(metrics, applied, () if applied else faulty_groups(plan, token_losses))
 
-    def _micro_batch_loss(self, bundles: Sequence[Bundle], payloads: tuple[Any, ...], sums: Any) -> tuple[Any, Any]:
-        """Returns Σ over the completion tokens of the micro-batch, 0 with a gradient where it has no bundles; and its terms,
-        [tokens] without a gradient."""
-        import torch
-
-        from maspo_ray.objectives import policy_loss
+    def _loss(self, bundles: Sequence[Bundle], payloads: Sequence[Any], old: Any, sums: Any) -> tuple[Any, Any]:
+        """Returns the loss, Σ over the tokens of a micro-batch, and its terms, [tokens] without a gradient."""
+        from actors.micro_batch import gather_micro_batch
+        from maspo_ray.objectives import importance_weights, policy_loss
         from maspo_ray.tensor_ops import kl_estimate, masked_sum
 
-        if not bundles:
-            # The rank still takes part in the collectives of forward and backward: any tokens will do, with weight 0.
-            loss = self._forward([(np.zeros(1, np.int32), [np.zeros(1, np.int32)])])[0].sum() * 0.0
-            return loss, loss.new_zeros(0)
-        items = [item for bundle in bundles for item in bundle.items]
-        completions: list[Completion] = [payloads[payload][i] for payload, i in (item.completion for item in items)]
-        tokens = iter([completion.token_ids for completion in completions])
-        logprobs, entropy = self._forward(
-            [(payloads[bundle.prompt].token_ids, list(islice(tokens, len(bundle.items)))) for bundle in bundles]
-        )
-        old_logprobs = self._tokens([c.logprobs for c in completions])
-        counts = torch.tensor([item.num_tokens for item in items], device=self._device)
-        advantages = torch.tensor([item.advantage for item in items], device=self._device).repeat_interleave(counts)
-        mask = torch.ones_like(advantages, dtype=torch.bool)
-        policy = policy_loss(logprobs, old_logprobs, advantages, self._objective)
-        loss = masked_sum(policy.token_loss, mask)
-        token_loss = policy.token_loss.detach()
-        sums.add_objective(policy, advantages, mask, loss, entropy)
+        batch = gather_micro_batch(bundles, payloads, self._device)
+        logprobs, entropy = self._engine(batch.tokens, self._temperature)
+        recompute = self._objective.old_policy == "recompute"
+        if old is None:
+            old = logprobs.detach() if recompute else batch.behaviour_logprobs
+        policy = policy_loss(logprobs, old, batch.advantages, self._objective)
+        token_loss = policy.token_loss
+        if recompute:
+            weights = importance_weights(old, batch.behaviour_logprobs, self._objective.importance_cap)
+            token_loss = token_loss * weights
+            sums.add("importance_weight", weights, batch.mask)
+        sums.add_objective(policy, batch.advantages, batch.mask)
+        sums.add("policy_loss", token_loss, batch.mask)
+        sums.add("entropy", entropy, batch.mask)
         if self._kl.coef > 0:
-            reference = self._tokens([payloads[ref[0]][ref[1]] for ref in (item.reference for item in items) if ref])
-            divergence = kl_estimate(logprobs, reference, self._kl.estimator)
-            sums.add_kl(masked_sum(divergence, mask), self._kl.coef)
-            loss = loss + self._kl.coef * masked_sum(divergence, mask)
-            token_loss = token_loss + self._kl.coef * divergence.detach()
-        return loss, token_loss
-
-    def _forward(self, bundles: Sequence[tuple[NDArray[np.int32], Sequence[NDArray[np.int32]]]]) -> tuple[Any, Any]:
-        from actors.token_batch import lay_out
-
-        return self._engine(lay_out(bundles, self._device), self._temperature)
-
-    def _tokens(self, arrays: Sequence[NDArray[np.float32]]) -> Any:
-        import torch
-
-        return torch.from_numpy(np.concatenate(arrays)).to(self._device)
+            assert batch.reference_logprobs is not None, "the KL's reference log-probs are missing"
+            divergence = kl_estimate(logprobs, batch.reference_logprobs, self._kl.estimator)
+            sums.add("kl", divergence, batch.mask)
+            token_loss = token_loss + self._kl.coef * divergence
+        sums.add("loss", token_loss, batch.mask)
+        return masked_sum(token_loss, batch.mask), token_loss.detach()
 
     def shares_prompts(self) -> bool:
         return self._engine.module.shares_prompts
@@ -192,21 +195,3 @@ class DeepSpeedLearner:
     def shutdown(self) -> None:
         if self._publisher is not None:
             self._publisher.shutdown()
-
-
-def faulty_groups(plan: RankPlan, token_losses: Sequence[Any]) -> tuple[int, ...]:
-    """Returns the ids of the groups, of all ranks, with a loss that is not finite. A collective.
-
-    Args:
-        token_losses: of each micro-batch of the plan, [tokens].
-    """
-    import torch.distributed as dist
-
-    own = set()
-    for bundles, losses in zip(plan.micro_batches, token_losses, strict=True):
-        sizes = [sum(item.num_tokens for item in bundle.items) for bundle in bundles]
-        parts = losses.split(sizes) if bundles else ()
-        own |= {b.group_id for b, part in zip(bundles, parts, strict=True) if not part.isfinite().all()}
-    gathered: list[set[int]] = [set()] * dist.get_world_size()
-    dist.all_gather_object(gathered, own)
-    return tuple(sorted(set().union(*gathered)))

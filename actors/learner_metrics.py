@@ -1,7 +1,9 @@
-"""What a learner step reports: sums over micro-batches, then over ranks, then means over the batch's tokens.
+"""What a learner's update reports: sums over micro-batches, then over ranks, then means over the batch's tokens.
 
-Promise: the figures do not depend on how the batch was cut; one small all-reduce a step.
+Promise: the figures do not depend on how the batch was cut; one small all-reduce an update.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -9,6 +11,8 @@ from torch import Tensor
 
 from maspo_ray.objectives.base import PolicyLoss
 from maspo_ray.objectives.metrics import objective_sums
+from maspo_ray.packing import RankPlan
+from maspo_ray.tensor_ops import masked_sum
 
 _SHARES = {
     "gate_sum": "objective/gate_mean",
@@ -20,6 +24,7 @@ _SHARES = {
     "clip_0.2": "objective/clip_0.2_share",
     "cap_3": "objective/cap_3_share",
     "entropy": "objective/entropy",
+    "importance_weight": "objective/importance_weight_mean",
     "policy_loss": "objective/policy_loss",
     "kl": "objective/kl",
     "loss": "loss",
@@ -27,26 +32,22 @@ _SHARES = {
 
 
 class StepSums:
-    """Accumulates one step's sums on one rank."""
+    """Accumulates one update's sums on one rank."""
 
     def __init__(self, device: torch.device) -> None:
         self._sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in _SHARES}
         self._ratio_max = torch.zeros((), dtype=torch.float64, device=device)
 
-    def add_objective(
-        self, policy: PolicyLoss, advantages: Tensor, mask: Tensor, loss: Tensor, entropy: Tensor
-    ) -> None:
-        """Adds a micro-batch. `loss` is its summed policy loss; the other arguments are [tokens]."""
+    def add(self, name: str, values: Tensor, mask: Tensor) -> None:
+        """Adds a micro-batch's values, [tokens], where the mask holds."""
+        self._sums[name] += masked_sum(values.detach(), mask)
+
+    def add_objective(self, policy: PolicyLoss, advantages: Tensor, mask: Tensor) -> None:
+        """Adds what the objective did to a micro-batch."""
         sums = objective_sums(policy, advantages, mask)
         self._ratio_max = torch.maximum(self._ratio_max, sums["ratio_max"])
-        sums |= {"policy_loss": loss.detach(), "loss": loss.detach(), "entropy": entropy.detach().sum()}
         for name in sums.keys() & self._sums.keys():
             self._sums[name] += sums[name]
-
-    def add_kl(self, divergence: Tensor, coef: float) -> None:
-        """Adds a micro-batch's summed KL to the reference."""
-        self._sums["kl"] += divergence.detach()
-        self._sums["loss"] += coef * divergence.detach()
 
     def reduce(self, batch_tokens: int) -> dict[str, float]:
         """Returns the metrics of the whole batch, the same on every rank. A collective."""
@@ -56,3 +57,19 @@ class StepSums:
         shares = (sums / batch_tokens).tolist()
         metrics = dict(zip(_SHARES.values(), shares, strict=True))
         return metrics | {"objective/ratio_max": self._ratio_max.item(), "tokens/trained": float(batch_tokens)}
+
+
+def faulty_groups(plan: RankPlan, token_losses: Sequence[Tensor]) -> tuple[int, ...]:
+    """Returns the ids of the groups, of all ranks, with a loss that is not finite. A collective.
+
+    Args:
+        token_losses: of each micro-batch of the plan, [tokens].
+    """
+    own = set()
+    for bundles, losses in zip(plan.micro_batches, token_losses, strict=True):
+        sizes = [sum(item.num_tokens for item in bundle.items) for bundle in bundles]
+        parts = losses.split(sizes) if bundles else ()
+        own |= {b.group_id for b, part in zip(bundles, parts, strict=True) if not part.isfinite().all()}
+    gathered: list[set[int]] = [set()] * dist.get_world_size()
+    dist.all_gather_object(gathered, own)
+    return tuple(sorted(set().union(*gathered)))

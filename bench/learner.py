@@ -66,7 +66,7 @@ class Bench:
             objective=MaspoConfig(),
             kl=KLConfig(),
             temperature=1.0,
-            total_steps=1000,
+            total_updates=1000,
             rank=0,
             world_size=1,
             threads=threads,
@@ -83,7 +83,7 @@ class Bench:
 
     def step(self, batch: Any, max_tokens: int, share: bool) -> Callable[[], object]:
         plan, payloads = batch.plan(max_tokens, share)
-        return lambda: self.learner.train_step(plan, *payloads)
+        return lambda: self.learner.train_step([plan], *payloads)
 
     def plain_step(self, batch: Any, rows: int) -> Callable[[], object]:
         """Returns transformers' own forward pass with its loss, and the backward pass, of sequences of one length."""
@@ -138,7 +138,7 @@ class Bench:
         def run() -> None:
             sums = StepSums(self.learner._device)
             for bundles in plan.micro_batches:
-                self.learner._micro_batch_loss(bundles, tuple(payloads), sums)[0].backward()
+                self.learner._loss(bundles, payloads, None, sums)[0].backward()
             self.learner._engine.module.zero_grad()
 
         return run

@@ -49,7 +49,7 @@ class SyntheticBatch:
 
     def plan(self, max_tokens: int, share_prompts: bool) -> tuple[RankPlan, list[Any]]:
         """Returns the plan of a learner of one rank, and its payloads."""
-        [(plan, references)] = pack(self.experiences, 1, max_tokens, share_prompts)
+        [((plan,), references)] = pack(self.experiences, 1, max_tokens, share_prompts)
         return plan, [self._payloads[reference] for reference in references]
 
     def sequences(self) -> list[np.ndarray[Any, np.dtype[np.int32]]]:

@@ -104,12 +104,8 @@ class RunConfig(Section):
                 f"rollout.group_size is {self.rollout.group_size}; the {self.advantage.kind} advantage compares the "
                 "completions of a group, so it needs at least 2. Set rollout.group_size to 2 or more."
             )
-        ranks, batch = self.learner.replicas or 1, self.pipeline.groups_per_step
-        if self.learner.per_node is None and batch % ranks:
-            raise ValueError(
-                f"pipeline.groups_per_step is {batch}; it must divide by the learner's {ranks} ranks. "
-                f"Set it to {math.ceil(batch / ranks) * ranks}."
-            )
+        if self.learner.per_node is None:
+            self.check_batch_divides(self.learner.replicas or 1)
         longest = self.max_model_tokens
         if self.rollout.max_new_tokens >= longest:
             raise ValueError(
@@ -122,6 +118,22 @@ class RunConfig(Section):
                 f"{longest} tokens. Set it to at least {longest}."
             )
         return self
+
+    def check_batch_divides(self, ranks: int) -> None:
+        """Checks that every update gives each of so many learner ranks as many groups.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        batch, updates = self.pipeline.groups_per_step, self.learner.updates_per_batch
+        if batch % (ranks * updates):
+            parts = f"the learner's {ranks} ranks"
+            if updates > 1:
+                parts = f"learner.updates_per_batch ({updates}) times {parts}"
+            raise ConfigError(
+                f"pipeline.groups_per_step is {batch}; it must divide by {parts}. "
+                f"Set it to {math.ceil(batch / (ranks * updates)) * ranks * updates}."
+            )
 
     @property
     def max_model_tokens(self) -> int:

@@ -200,12 +200,14 @@ class LearnerConfig(RoleConfig):
     zero_stage: Literal[0, 1, 2, 3] = 1
     max_tokens_per_micro_batch: int = Field(16384, ge=1)
     """Upper bound of a micro-batch's prompt and completion tokens."""
+    updates_per_batch: int = Field(1, ge=1)
+    """Optimizer updates that one step makes of its batch, each of as many whole groups."""
     share_prompts: bool = True
     """Pay for a prompt once for all its completions in a micro-batch: each attends to the one copy and to itself alone. The
     result is the same. A model whose attention cannot do it (sliding windows, states) trains without, and says so."""
     gradient_checkpointing: bool = False
-    max_skipped_steps: int = Field(3, ge=0)
-    """A step whose loss or gradient is not finite is left out and logged with its groups; more in a row stop the run."""
+    max_skipped_updates: int = Field(3, ge=0)
+    """An update whose loss or gradient is not finite is left out and logged with its groups; more in a row stop the run."""
     deepspeed: dict[str, Any] = {}
     """Passed through to DeepSpeed's configuration; the keys that the sections above set are refused."""
 
@@ -244,8 +246,12 @@ class LearnerConfig(RoleConfig):
 class _GateConfig(Section):
     ratio_cap: float | None = Field(None, gt=1)
     """Gate 0 where the advantage is negative and the ratio is above this (dual-clip PPO's gradient, arXiv:1912.09729)."""
-    old_policy: Literal["behaviour"] = "behaviour"
-    """What the ratio is measured against: the policy that sampled the token."""
+    old_policy: Literal["behaviour", "recompute"] = "behaviour"
+    """What the ratio is measured against: the policy that sampled the token, so that the ratio holds staleness and the difference
+    between engine and learner too; or, as in the paper, the learner's when the batch arrived."""
+    importance_cap: float = Field(2.0, gt=0)
+    """With `recompute`, the bound of the detached weight min(π_old / μ, importance_cap) that corrects for the policy that sampled;
+    `behaviour` has none, since its ratio holds it."""
 
 
 class MaspoConfig(_GateConfig):

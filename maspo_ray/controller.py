@@ -15,7 +15,6 @@ from maspo_ray.checks import Evaluator, ParityCheck
 from maspo_ray.cluster import connected
 from maspo_ray.config import RunConfig
 from maspo_ray.curves import draw_curves
-from maspo_ray.errors import ConfigError
 from maspo_ray.experience import Prompt
 from maspo_ray.fleet import Fleet
 from maspo_ray.loading import load_classes
@@ -42,21 +41,12 @@ def train(config: RunConfig, resume: bool = False) -> RunSummary:
     classes = load_classes(config)
     with connected(config.placement) as may_grow:
         plan = wait_for_cluster(demands(config), config.placement.wait_s if may_grow else 0.0)
-        _check_ranks(config, plan)
+        config.check_batch_divides(len(plan.of_role("learner")))
         reservation = reserve(plan, config.placement.wait_s)
         try:
             return asyncio.run(_Session(config, classes, plan, reservation).run())
         finally:
             reservation.release()
-
-
-def _check_ranks(config: RunConfig, plan: Plan) -> None:
-    ranks, batch = len(plan.of_role("learner")), config.pipeline.groups_per_step
-    if batch % ranks:
-        raise ConfigError(
-            f"pipeline.groups_per_step is {batch}; it must divide by the learner's {ranks} ranks. "
-            f"Set it to {-(-batch // ranks) * ranks}."
-        )
 
 
 class _Session:

@@ -183,12 +183,12 @@ class Experience:
 
 
 @dataclass(frozen=True, slots=True)
-class StepReport:
-    """What an optimizer step came to.
+class UpdateReport:
+    """What an optimizer update came to.
 
     Attributes:
-        metrics: of the whole batch, by their names in metrics.jsonl.
-        applied: whether the weights changed. A step whose loss or gradient is not finite is left out.
+        metrics: over the update's groups, all ranks, by their names in metrics.jsonl.
+        applied: whether the weights changed. An update whose loss or gradient is not finite is left out.
         faulty_groups: ids of the groups whose loss was not finite; none where the gradient alone was not.
     """
 

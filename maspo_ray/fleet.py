@@ -90,7 +90,7 @@ class Fleet:
                 "objective": config.objective,
                 "kl": config.kl,
                 "temperature": config.rollout.temperature,
-                "total_steps": config.pipeline.steps,
+                "total_updates": config.pipeline.steps * config.learner.updates_per_batch,
                 "rank": slot.replica,
                 "world_size": self._world_size,
                 "threads": threads,

@@ -7,7 +7,7 @@ a 0. Does not decide what is measured.
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -52,6 +52,24 @@ class StepMetrics:
             name: (held.value / held.weight if held.weight else math.nan) if held.reduction == "mean" else held.value
             for name, held in self._accumulators.items()
         }
+
+
+_OVER_UPDATES: Mapping[str, Reduction] = {
+    "objective/ratio_max": "max",
+    "tokens/trained": "sum",
+    "learner/skipped": "sum",
+    "learner/lr": "last",
+}
+
+
+def combine_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Returns the metrics of a step from those of its updates: means by their tokens, but for a few that say otherwise."""
+    step = StepMetrics()
+    for metrics in updates:
+        for name, value in metrics.items():
+            reduction = _OVER_UPDATES.get(name, "mean")
+            step.add(name, value, metrics["tokens/trained"] if reduction == "mean" else 1.0, reduction)
+    return step.reduce()
 
 
 def _fold(reduction: Reduction, held: float, value: float, weight: float) -> float:

@@ -50,11 +50,11 @@ class Bundle:
 
 @dataclass(frozen=True, slots=True)
 class RankPlan:
-    """A rank's share of one optimizer step.
+    """A rank's share of one optimizer update.
 
     Attributes:
         micro_batches: empty ones where the rank only takes part in the collective.
-        batch_tokens: completion tokens of the whole batch, all ranks: the normaliser of the loss.
+        batch_tokens: completion tokens of the update, all ranks: the normaliser of the loss.
     """
 
     micro_batches: tuple[tuple[Bundle, ...], ...]
@@ -143,20 +143,27 @@ def level(shares: list[list[list[int]]]) -> None:
 
 
 def pack(
-    experiences: Sequence[Experience], ranks: int, max_tokens: int, share_prompts: bool
-) -> list[tuple[RankPlan, tuple[Any, ...]]]:
-    """Returns for each rank its plan and the payload references that the plan's positions speak of."""
-    cuts = [cut for experience in experiences for cut in _cuts(experience, max_tokens, share_prompts)]
-    batch_tokens = sum(sum(cut.lengths) for cut in cuts)
-    dealt = [[cuts[i] for i in share] for share in deal([cut.cost for cut in cuts], ranks)]
-    shares = [fill([cut.num_tokens for cut in share], max_tokens) for share in dealt]
-    level(shares)
-    plans = []
-    for own, micro_batches in zip(dealt, shares, strict=True):
-        positions: dict[Any, int] = {}
-        bundles = tuple(tuple(_bundle(own[i], positions) for i in places) for places in micro_batches)
-        plans.append((RankPlan(bundles, batch_tokens), tuple(positions)))
-    return plans
+    experiences: Sequence[Experience], ranks: int, max_tokens: int, share_prompts: bool, updates: int = 1
+) -> list[tuple[tuple[RankPlan, ...], tuple[Any, ...]]]:
+    """Returns for each rank its plans, one for each update, and the payload references that their positions speak of.
+
+    Args:
+        updates: how many to make of the batch; each takes as many experiences, in the order given.
+    """
+    size = len(experiences) // updates
+    assert size * updates == len(experiences), f"{len(experiences)} experiences do not make {updates} equal updates"
+    plans: list[list[RankPlan]] = [[] for _ in range(ranks)]
+    positions: list[dict[Any, int]] = [{} for _ in range(ranks)]
+    for start in range(0, len(experiences), size):
+        cuts = [cut for e in experiences[start : start + size] for cut in _cuts(e, max_tokens, share_prompts)]
+        batch_tokens = sum(sum(cut.lengths) for cut in cuts)
+        dealt = [[cuts[i] for i in share] for share in deal([cut.cost for cut in cuts], ranks)]
+        shares = [fill([cut.num_tokens for cut in share], max_tokens) for share in dealt]
+        level(shares)
+        for rank, (own, micro_batches) in enumerate(zip(dealt, shares, strict=True)):
+            bundles = tuple(tuple(_bundle(own[i], positions[rank]) for i in places) for places in micro_batches)
+            plans[rank].append(RankPlan(bundles, batch_tokens))
+    return [(tuple(own), tuple(places)) for own, places in zip(plans, positions, strict=True)]
 
 
 def _cuts(experience: Experience, max_tokens: int, share: bool) -> list[_Cut]:

@@ -17,10 +17,10 @@ from maspo_ray.buffer import ReadyBuffer
 from maspo_ray.checks import Evaluator, Parity, ParityCheck
 from maspo_ray.config import RunConfig
 from maspo_ray.errors import RunError
-from maspo_ray.experience import Experience, Group, Outcome, Prompt, StepReport
+from maspo_ray.experience import Experience, Group, Outcome, Prompt, UpdateReport
 from maspo_ray.fleet import Fleet, within
 from maspo_ray.ledger import GroupLedger, GroupOutcome
-from maspo_ray.metrics import StepMetrics
+from maspo_ray.metrics import StepMetrics, combine_updates
 from maspo_ray.packing import pack
 from maspo_ray.progress import Progress
 from maspo_ray.prompts import PromptStream
@@ -213,40 +213,44 @@ class Pipeline:
             metrics.add("staleness/max", staleness, reduction="max")
         learner = self._config.learner
         ranks = len(self._fleet.of_role("learner"))
-        plans = pack(batch, ranks, learner.max_tokens_per_micro_batch, self._fleet.shares_prompts)
-        report: StepReport = await within(
+        updates = learner.updates_per_batch
+        plans = pack(batch, ranks, learner.max_tokens_per_micro_batch, self._fleet.shares_prompts, updates)
+        started = monotonic()
+        reports: list[UpdateReport] = await within(
             self._config.pipeline.step_timeout_s,
             f"step {step} did not end within pipeline.step_timeout_s",
-            self._fleet.learners_each("train_step", [(plan, *payloads) for plan, payloads in plans]),
+            self._fleet.learners_each("train_step", [(own, *payloads) for own, payloads in plans]),
         )
-        self._watch_skipped(step, report)
-        learned = report.metrics | await self._publish(step)
+        learned = combine_updates([report.metrics for report in reports]) | {"time/train_s": monotonic() - started}
+        for report in reports:
+            self._watch_skipped(step, report)
+        learned |= await self._publish(step)
         self._gate.publish(step)
         self._admission.set()
-        for experience in batch:
-            if report.applied:
+        for i, experience in enumerate(batch):
+            if reports[i * updates // len(batch)].applied:
                 self._end(experience.group, GroupOutcome.TRAINED, step=step)
             else:
-                self._end(experience.group, GroupOutcome.FAILED, cause=f"step {step} was left out")
+                self._end(experience.group, GroupOutcome.FAILED, cause="its update was left out")
         every = self._config.pipeline.parity_every
         if every and step % every == 0:
             parity = await self._check_parity(step)
             learned |= {"parity/max": parity.max, "parity/mean": parity.mean}
         return learned
 
-    def _watch_skipped(self, step: int, report: StepReport) -> None:
-        """Logs a step that was left out; raises when there were too many in a row."""
+    def _watch_skipped(self, step: int, report: UpdateReport) -> None:
+        """Logs an update that was left out; raises when there were too many in a row."""
         self._skipped_in_a_row = 0 if report.applied else self._skipped_in_a_row + 1
         if report.applied:
             return
         groups = ", ".join(map(str, report.faulty_groups))
         what = f"the loss of group {groups} is not finite" if groups else "the gradient is not finite"
-        _log.warning("step %d was left out: %s", step, what)
-        limit = self._config.learner.max_skipped_steps
+        _log.warning("an update of step %d was left out: %s", step, what)
+        limit = self._config.learner.max_skipped_updates
         if self._skipped_in_a_row > limit:
             raise RunError(
-                f"the last {self._skipped_in_a_row} steps were left out (the latest: {what}), more than "
-                f"learner.max_skipped_steps ({limit}) allows. Lower learner.lr, or look at these groups' rewards and log-probs."
+                f"the last {self._skipped_in_a_row} updates were left out (the latest: {what}), more than "
+                f"learner.max_skipped_updates ({limit}) allows. Lower learner.lr, or look at these groups' rewards and log-probs."
             )
 
     async def _publish(self, version: int) -> dict[str, float]:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from maspo_ray.experience import Completion, CompletionFacts, Prompt, StepReport, Verdict
+from maspo_ray.experience import Completion, CompletionFacts, Prompt, UpdateReport, Verdict
 from maspo_ray.packing import RankPlan
 from maspo_ray.weight_sync import Backend
 
@@ -79,7 +79,7 @@ class ReferenceActor(Protocol):
 
 class LearnerActor(Protocol):
     """One rank of the learner. Constructor: `model: ModelConfig, learner: LearnerConfig, objective: ObjectiveConfig,
-    kl: KLConfig, temperature: float, total_steps: int, rank: int, world_size: int, threads: int, seed: int`.
+    kl: KLConfig, temperature: float, total_updates: int, rank: int, world_size: int, threads: int, seed: int`.
 
     Every method is called on all ranks at once; what is said to return something returns it on rank 0.
     """
@@ -90,9 +90,9 @@ class LearnerActor(Protocol):
 
     def setup(self, master_address: str, master_port: int) -> None: ...
 
-    def train_step(self, plan: RankPlan, *payloads: Any) -> StepReport:
-        """Applies one optimizer step to this rank's share of a batch (`packing.RankPlan`); leaves it out, on every rank, where loss
-        or gradient is not finite."""
+    def train_step(self, plans: Sequence[RankPlan], *payloads: Any) -> list[UpdateReport]:
+        """Makes one optimizer update of each plan, this rank's share of it (`packing.pack`), in order; leaves it out, on every
+        rank, where loss or gradient is not finite."""
         ...
 
     def shares_prompts(self) -> bool:

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from maspo_ray.config import GrpoConfig, MaspoConfig, ObjectiveConfig
 from maspo_ray.errors import ConfigError
-from maspo_ray.objectives.base import Gate, PolicyLoss, gated_loss
+from maspo_ray.objectives.base import Gate, PolicyLoss, gated_loss, importance_weights
 from maspo_ray.objectives.maspo import maspo_gate
 from maspo_ray.objectives.metrics import objective_sums
 from maspo_ray.objectives.peers import grpo_gate
 
-__all__ = ["GATES", "Gate", "PolicyLoss", "objective_sums", "policy_loss"]
+__all__ = ["GATES", "Gate", "PolicyLoss", "importance_weights", "objective_sums", "policy_loss"]
 
 # Each gate takes its own config class, which a dict's type cannot say; the key is that class.
 GATES: dict[type, Gate[Any]] = {

@@ -79,3 +79,13 @@ def gated_loss(
     if config.ratio_cap is not None:
         gate = gate.masked_fill((advantages < 0) & (constant_ratio > config.ratio_cap), 0.0)
     return PolicyLoss(token_loss=-gate * ratio * advantages, gate=gate, ratio=constant_ratio)
+
+
+def importance_weights(old_logprobs: Tensor, behaviour_logprobs: Tensor, cap: float) -> Tensor:
+    """Returns min(π_old / μ, cap), [tokens], detached: truncated importance sampling, which multiplies the loss outside the gate.
+
+    For a ratio to π_old only: one to μ holds the correction already, and would be corrected twice.
+    """
+    dtype = compute_dtype(old_logprobs)
+    log_weight = old_logprobs.detach().to(dtype) - behaviour_logprobs.detach().to(dtype)
+    return torch.exp(log_weight.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)).clamp(max=cap)

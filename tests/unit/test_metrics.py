@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from maspo_ray.idle import IdleMeter
-from maspo_ray.metrics import JsonlSink, JsonlWriter, StepMetrics, TensorBoardSink, json_value
+from maspo_ray.metrics import JsonlSink, JsonlWriter, StepMetrics, TensorBoardSink, combine_updates, json_value
 
 
 def test_metrics_mean_is_weighted() -> None:
@@ -147,3 +147,18 @@ def test_idle_share_of_no_time_is_nan() -> None:
 def test_idle_meter_finish_without_start_is_refused() -> None:
     with pytest.raises(AssertionError, match="engine 1 finished a request; it has none"):
         IdleMeter(2, now=0.0).finished(1, now=1.0)
+
+
+def test_combine_updates_weighs_means_by_tokens() -> None:
+    updates = [
+        {"loss": 1.0, "tokens/trained": 30.0, "objective/ratio_max": 2.0, "learner/lr": 0.1, "learner/skipped": 0.0},
+        {"loss": 5.0, "tokens/trained": 10.0, "objective/ratio_max": 1.5, "learner/lr": 0.2, "learner/skipped": 1.0},
+    ]
+    # (1 · 30 + 5 · 10) / 40 = 2
+    assert combine_updates(updates) == {
+        "loss": 2.0,
+        "tokens/trained": 40.0,
+        "objective/ratio_max": 2.0,
+        "learner/lr": 0.2,
+        "learner/skipped": 1.0,
+    }

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from maspo_ray.config import GrpoConfig, MaspoConfig, ObjectiveConfig
 from maspo_ray.errors import ConfigError
-from maspo_ray.objectives import GATES, PolicyLoss, objective_sums, policy_loss
+from maspo_ray.objectives import GATES, PolicyLoss, importance_weights, objective_sums, policy_loss
 
 CONFIGS = [MaspoConfig(), GrpoConfig(), MaspoConfig(ratio_cap=3.0), GrpoConfig(ratio_cap=3.0)]
 
@@ -277,3 +277,12 @@ def test_objective_sums_nothing_selected_is_all_zeros(num_tokens: int) -> None:
     part = PolicyLoss(loss.token_loss[cut], loss.gate[cut], loss.ratio[cut])
     sums = objective_sums(part, advantages[cut], torch.zeros(num_tokens, dtype=torch.bool))
     assert {value.item() for value in sums.values()} == {0.0}
+
+
+def test_importance_weights_are_capped_and_carry_no_gradient() -> None:
+    old = torch.tensor([-1.0, -2.0, -3.0], dtype=torch.float64, requires_grad=True)
+    behaviour = torch.tensor([-1.0, -3.0, -2.5], dtype=torch.float64)
+    weights = importance_weights(old, behaviour, 2.0)
+    # e^0 = 1; e^1 = 2.718 is capped at 2; e^-0.5 = 0.6065.
+    assert weights.tolist() == pytest.approx([1.0, 2.0, math.exp(-0.5)])
+    assert not weights.requires_grad

@@ -63,6 +63,12 @@ def test_level_gives_every_rank_as_many_and_loses_nothing(sizes: list[list[int]]
         assert all(share) or all(len(places) <= 1 for places in share)
 
 
+def _pack(
+    experiences: list[Experience], ranks: int, max_tokens: int, share: bool
+) -> list[tuple[RankPlan, tuple[str, ...]]]:
+    return [(plan, payloads) for (plan,), payloads in pack(experiences, ranks, max_tokens, share)]
+
+
 def _items(plan: RankPlan) -> list[tuple[int, Item]]:
     """Returns each item with the position of its prompt."""
     return [(bundle.prompt, item) for bundles in plan.micro_batches for bundle in bundles for item in bundle.items]
@@ -103,7 +109,7 @@ def test_pack_scored_rollouts_come_out_once_with_their_payload_and_advantage(
 ) -> None:
     packed = Counter(
         (payloads[prompt], payloads[item.completion[0]], item.completion[1], item.advantage, item.num_tokens)
-        for plan, payloads in pack(experiences, ranks, max_tokens, share)
+        for plan, payloads in _pack(experiences, ranks, max_tokens, share)
         for prompt, item in _items(plan)
     )
     expected = Counter(
@@ -118,7 +124,7 @@ def test_pack_scored_rollouts_come_out_once_with_their_payload_and_advantage(
 def test_pack_normaliser_is_the_scored_completion_tokens_of_the_whole_batch_on_every_rank(
     experiences: list[Experience], ranks: int, max_tokens: int, share: bool
 ) -> None:
-    plans = pack(experiences, ranks, max_tokens, share)
+    plans = _pack(experiences, ranks, max_tokens, share)
     tokens = sum(e.group.rollouts[i].facts.num_tokens for e, i in _scored(experiences))
     assert [plan.batch_tokens for plan, _ in plans] == [tokens] * ranks
     assert sum(item.num_tokens for plan, _ in plans for _, item in _items(plan)) == tokens
@@ -128,7 +134,7 @@ def test_pack_normaliser_is_the_scored_completion_tokens_of_the_whole_batch_on_e
 def test_pack_micro_batches_are_as_many_on_every_rank_and_within_the_budget(
     experiences: list[Experience], ranks: int, max_tokens: int, share: bool
 ) -> None:
-    plans = pack(experiences, ranks, max_tokens, share)
+    plans = _pack(experiences, ranks, max_tokens, share)
     assert len({len(plan.micro_batches) for plan, _ in plans}) == 1
     groups = {e.group.group_id: e.group for e in experiences}
     for plan, payloads in plans:
@@ -148,11 +154,11 @@ def test_pack_shares_a_prompt_by_its_groups_completions() -> None:
     rollouts = tuple(Rollout("payload", i, known, Verdict.from_reward(1.0)) for i, known in enumerate(facts))
     experience = Experience(Group(7, "train/0", "prompt", 10, 0, rollouts), (1.0, -1.0))
     # 10 + 5 + 3 tokens in one micro-batch, where two copies of the prompt would need two.
-    [(plan, _)] = pack([experience], 1, 18, True)
+    [(plan, _)] = _pack([experience], 1, 18, True)
     [[bundle]] = plan.micro_batches
     assert [item.num_tokens for item in bundle.items] == [5, 3]
     assert bundle.group_id == 7
-    [(plan, _)] = pack([experience], 1, 18, False)
+    [(plan, _)] = _pack([experience], 1, 18, False)
     assert [len(bundles) for bundles in plan.micro_batches] == [1, 1]
 
 
@@ -165,7 +171,7 @@ def test_pack_shares_a_prompt_by_its_groups_completions() -> None:
 def test_pack_sends_a_rank_each_payload_once_and_none_that_it_does_not_use(
     experiences: list[Experience], ranks: int, max_tokens: int, share: bool
 ) -> None:
-    for plan, payloads in pack(experiences, ranks, max_tokens, share):
+    for plan, payloads in _pack(experiences, ranks, max_tokens, share):
         used = {p for prompt, item in _items(plan) for p in (prompt, item.completion[0], (item.reference or (0, 0))[0])}
         assert used == set(range(len(payloads)))
         assert len(set(payloads)) == len(payloads)
@@ -173,7 +179,7 @@ def test_pack_sends_a_rank_each_payload_once_and_none_that_it_does_not_use(
 
 @given(experiences=_experiences(with_reference=True), ranks=st.integers(1, 4))
 def test_pack_reference_is_the_rollouts_place_in_its_group(experiences: list[Experience], ranks: int) -> None:
-    for plan, payloads in pack(experiences, ranks, 60, True):
+    for plan, payloads in _pack(experiences, ranks, 60, True):
         for _, item in _items(plan):
             assert item.reference is not None
             # The advantages above number the rollouts of a group: 100 · group + place.
@@ -183,4 +189,19 @@ def test_pack_reference_is_the_rollouts_place_in_its_group(experiences: list[Exp
 
 @given(experiences=_experiences(), ranks=st.integers(1, 4))
 def test_pack_without_kl_has_no_reference(experiences: list[Experience], ranks: int) -> None:
-    assert all(item.reference is None for plan, _ in pack(experiences, ranks, 60, True) for _, item in _items(plan))
+    assert all(item.reference is None for plan, _ in _pack(experiences, ranks, 60, True) for _, item in _items(plan))
+
+
+def test_pack_updates_take_whole_groups_in_order_and_share_the_payloads() -> None:
+    facts = CompletionFacts(2, 0, 0, "stop")
+    experiences = [
+        Experience(
+            Group(g, f"train/{g}", "prompt", 3, 0, (Rollout("payload", g, facts, Verdict.from_reward(1.0)),)), (1.0,)
+        )
+        for g in range(4)
+    ]
+    [(plans, payloads)] = pack(experiences, 1, 100, True, updates=2)
+    groups = [[b.group_id for bundles in plan.micro_batches for b in bundles] for plan in plans]
+    assert groups == [[0, 1], [2, 3]]
+    assert [plan.batch_tokens for plan in plans] == [4, 4]
+    assert payloads == ("prompt", "payload")
