@@ -13,6 +13,7 @@ import psutil
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
@@ -51,6 +52,16 @@ def interface_of(address: str) -> str | None:
     return None
 
 
+def learning_rate_schedule(optimizer: torch.optim.Optimizer, learner: LearnerConfig, total_updates: int) -> LRScheduler:
+    """Returns the schedule of so many updates: up from the first in `warmup_steps`, then as `schedule` says, never 0."""
+    warmup = learner.warmup_steps * learner.updates_per_batch
+    name = "constant_with_warmup" if learner.schedule == "constant" else learner.schedule
+    schedule: LRScheduler = get_scheduler(name, optimizer, warmup, total_updates + 1)
+    # transformers' begins and ends with a learning rate of 0: one ahead, and one update more, leave both out.
+    schedule.step()
+    return schedule
+
+
 def start_engine(model: TokenModel, learner: LearnerConfig, config: ModelConfig, total_updates: int) -> Any:
     """Returns the DeepSpeed engine that owns the model, its AdamW and its learning-rate schedule."""
     if learner.gradient_checkpointing:
@@ -63,7 +74,7 @@ def start_engine(model: TokenModel, learner: LearnerConfig, config: ModelConfig,
         weight_decay=learner.weight_decay,
         fused=True,
     )
-    schedule = get_scheduler(learner.schedule, optimizer, learner.warmup_steps, total_updates)
+    schedule = learning_rate_schedule(optimizer, learner, total_updates)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,

@@ -35,27 +35,29 @@ class StepSums:
     """Accumulates one update's sums on one rank."""
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in _SHARES}
-        self._ratio_max = torch.zeros((), dtype=torch.float64, device=device)
+        self._zero = torch.zeros((), dtype=torch.float64, device=device)
+        self._sums: dict[str, Tensor] = {}
+        self._ratio_max = self._zero
 
     def add(self, name: str, values: Tensor, mask: Tensor) -> None:
         """Adds a micro-batch's values, [tokens], where the mask holds."""
-        self._sums[name] += masked_sum(values.detach(), mask)
+        self._sums[name] = self._sums.get(name, self._zero) + masked_sum(values.detach(), mask)
 
     def add_objective(self, policy: PolicyLoss, advantages: Tensor, mask: Tensor) -> None:
         """Adds what the objective did to a micro-batch."""
         sums = objective_sums(policy, advantages, mask)
         self._ratio_max = torch.maximum(self._ratio_max, sums["ratio_max"])
-        for name in sums.keys() & self._sums.keys():
-            self._sums[name] += sums[name]
+        for name in filter(_SHARES.__contains__, sums):
+            self._sums[name] = self._sums.get(name, self._zero) + sums[name]
 
     def reduce(self, batch_tokens: int) -> dict[str, float]:
-        """Returns the metrics of the whole batch, the same on every rank. A collective."""
+        """Returns the metrics of the whole update, the same on every rank: of what was added, and all ranks add the same.
+        A collective."""
         sums = torch.stack(list(self._sums.values()))
         dist.all_reduce(sums)
         dist.all_reduce(self._ratio_max, op=dist.ReduceOp.MAX)
         shares = (sums / batch_tokens).tolist()
-        metrics = dict(zip(_SHARES.values(), shares, strict=True))
+        metrics = {_SHARES[name]: share for name, share in zip(self._sums, shares, strict=True)}
         return metrics | {"objective/ratio_max": self._ratio_max.item(), "tokens/trained": float(batch_tokens)}
 
 

@@ -196,6 +196,7 @@ class LearnerConfig(RoleConfig):
     weight_decay: float = Field(0.0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = Field(0, ge=0)
+    """Steps in which the learning rate rises to `lr`, whatever the schedule."""
     max_grad_norm: float = Field(1.0, gt=0)
     zero_stage: Literal[0, 1, 2, 3] = 1
     max_tokens_per_micro_batch: int = Field(16384, ge=1)

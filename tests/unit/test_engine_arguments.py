@@ -124,3 +124,34 @@ def test_deepspeed_config_overrides_only_what_a_user_is_refused() -> None:
 
     own = deepspeed_config(LearnerConfig(), MODEL).keys()
     assert own - LearnerConfig.owned_deepspeed_keys == {"zero_optimization"}
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("schedule", "updates", "expected"),
+    [
+        # Two steps of warm-up, then down to 0 at an update after the last.
+        ("linear", 1, [1 / 2, 1.0, 2 / 3, 1 / 3]),
+        ("constant", 1, [1 / 2, 1.0, 1.0, 1.0]),
+        # (1 + cos(π · k / 3)) / 2 for k = 0, 1, 2.
+        ("cosine", 1, [1 / 2, 1.0, 0.75, 0.25]),
+        # Two updates to a step make four of warm-up.
+        ("constant", 2, [1 / 4, 2 / 4, 3 / 4, 1.0]),
+    ],
+)
+def test_learning_rate_rises_in_the_warm_up_and_is_never_zero(
+    schedule: Any, updates: int, expected: list[float]
+) -> None:
+    import torch
+
+    from actors.deepspeed_engine import learning_rate_schedule
+
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=0.1)
+    learner = LearnerConfig(lr=0.1, schedule=schedule, warmup_steps=2, updates_per_batch=updates)
+    rates = learning_rate_schedule(optimizer, learner, total_updates=4)
+    seen = []
+    for _ in range(4):
+        seen.append(rates.get_last_lr()[0] / 0.1)
+        optimizer.step()
+        rates.step()
+    assert seen == pytest.approx(expected)
