@@ -175,7 +175,7 @@ def test_learner_updates_equal_plain_pytorch_for_any_cut(
     actors = _start(tiny_model, ranks, zero_stage, max_tokens, old_policy)
     try:
         metrics = _run(actors, [experiences for experiences, _ in batches], max_tokens, share, updates)
-        assert [m["loss"] for m in metrics] == pytest.approx(losses, rel=1e-4)
+        assert [m["loss"] for m in metrics] == pytest.approx(losses, rel=1e-4, abs=5e-6)
         if zero_stage > 0:
             assert all(m["learner/grad_norm"] > 0 for m in metrics)
         [scored] = ray.get([actor.completion_logprobs.remote([(PROBE[:1], PROBE[1:])]) for actor in actors])[0]
