@@ -47,6 +47,7 @@ class DeepSpeedLearner:
         self._threads = threads
         self._seed = seed
         self._publisher: Any = None
+        self._version = 0
 
     def rendezvous(self) -> tuple[str, int]:
         import ray
@@ -103,7 +104,9 @@ class DeepSpeedLearner:
 
         self._engine.eval()
         with torch.no_grad():
-            batches = (gather_micro_batch(bundles, payloads, self._device) for bundles in plan.micro_batches)
+            batches = (
+                gather_micro_batch(bundles, payloads, self._version, self._device) for bundles in plan.micro_batches
+            )
             return [self._engine(batch.tokens, self._temperature)[0] for batch in batches]
 
     def _update(self, plan: RankPlan, payloads: Sequence[Any], old: Sequence[Any] | None) -> UpdateReport:
@@ -137,7 +140,7 @@ class DeepSpeedLearner:
         from maspo_ray.objectives import importance_weights, policy_loss
         from maspo_ray.tensor_ops import kl_estimate, masked_sum
 
-        batch = gather_micro_batch(bundles, payloads, self._device)
+        batch = gather_micro_batch(bundles, payloads, self._version, self._device)
         logprobs, entropy = self._engine(batch.tokens, self._temperature)
         recompute = self._objective.old_policy == "recompute"
         if old is None:
@@ -148,7 +151,7 @@ class DeepSpeedLearner:
             weights = importance_weights(old, batch.behaviour_logprobs, self._objective.importance_cap)
             token_loss = token_loss * weights
             sums.add("importance_weight", weights, batch.mask)
-        sums.add_objective(policy, batch.advantages, batch.mask)
+        sums.add_objective(policy, old, batch.advantages, batch.lags, batch.mask)
         sums.add("policy_loss", token_loss, batch.mask)
         sums.add("entropy", entropy, batch.mask)
         if self._kl.coef > 0:
@@ -182,6 +185,7 @@ class DeepSpeedLearner:
     def publish(self, version: int) -> dict[str, float]:
         started = perf_counter()
         self._publisher.publish(version)
+        self._version = version
         return {"time/publish_s": perf_counter() - started}
 
     def save(self, folder: str) -> None:

@@ -1,6 +1,6 @@
 """What a learner's update reports: sums over micro-batches, then over ranks, then means over the batch's tokens.
 
-Promise: the figures do not depend on how the batch was cut; one small all-reduce an update.
+Promise: the figures do not depend on how the batch was cut; a few small all-reduces an update.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from maspo_ray.objectives.base import PolicyLoss
+from maspo_ray.objectives.breakdown import Breakdown
 from maspo_ray.objectives.metrics import objective_sums
 from maspo_ray.packing import RankPlan
 from maspo_ray.tensor_ops import masked_sum
@@ -38,13 +39,17 @@ class StepSums:
         self._zero = torch.zeros((), dtype=torch.float64, device=device)
         self._sums: dict[str, Tensor] = {}
         self._ratio_max = self._zero
+        self._breakdown = Breakdown(device)
 
     def add(self, name: str, values: Tensor, mask: Tensor) -> None:
         """Adds a micro-batch's values, [tokens], where the mask holds."""
         self._sums[name] = self._sums.get(name, self._zero) + masked_sum(values.detach(), mask)
 
-    def add_objective(self, policy: PolicyLoss, advantages: Tensor, mask: Tensor) -> None:
-        """Adds what the objective did to a micro-batch."""
+    def add_objective(
+        self, policy: PolicyLoss, old_logprobs: Tensor, advantages: Tensor, lags: Tensor, mask: Tensor
+    ) -> None:
+        """Adds what the objective did to a micro-batch; each argument is [tokens]."""
+        self._breakdown.add(policy, old_logprobs, advantages, lags, mask)
         sums = objective_sums(policy, advantages, mask)
         self._ratio_max = torch.maximum(self._ratio_max, sums["ratio_max"])
         for name in filter(_SHARES.__contains__, sums):
@@ -54,11 +59,13 @@ class StepSums:
         """Returns the metrics of the whole update, the same on every rank: of what was added, and all ranks add the same.
         A collective."""
         sums = torch.stack(list(self._sums.values()))
-        dist.all_reduce(sums)
+        for tensor in (sums, self._breakdown.table, self._breakdown.histogram):
+            dist.all_reduce(tensor)
         dist.all_reduce(self._ratio_max, op=dist.ReduceOp.MAX)
         shares = (sums / batch_tokens).tolist()
         metrics = {_SHARES[name]: share for name, share in zip(self._sums, shares, strict=True)}
-        return metrics | {"objective/ratio_max": self._ratio_max.item(), "tokens/trained": float(batch_tokens)}
+        metrics |= {"objective/ratio_max": self._ratio_max.item(), "tokens/trained": float(batch_tokens)}
+        return metrics | self._breakdown.metrics()
 
 
 def faulty_groups(plan: RankPlan, token_losses: Sequence[Tensor]) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ class MicroBatch:
         mask: [targets] bool, which of them count; none where the rank only takes part in the collective.
         behaviour_logprobs: [targets] float32, log μ.
         advantages: [targets] float32.
+        lags: [targets] int64, weight versions between what sampled the token and `version`.
         reference_logprobs: [targets] float32; None without KL.
     """
 
@@ -30,17 +31,24 @@ class MicroBatch:
     mask: torch.Tensor
     behaviour_logprobs: torch.Tensor
     advantages: torch.Tensor
+    lags: torch.Tensor
     reference_logprobs: torch.Tensor | None
 
 
-def gather_micro_batch(bundles: Sequence[Bundle], payloads: Sequence[Any], device: torch.device) -> MicroBatch:
-    """Returns the micro-batch of bundles; of none, one of a single token that does not count."""
+def gather_micro_batch(
+    bundles: Sequence[Bundle], payloads: Sequence[Any], version: int, device: torch.device
+) -> MicroBatch:
+    """Returns the micro-batch of bundles; of none, one of a single token that does not count.
+
+    Args:
+        version: of the weights that meet the batch.
+    """
     if not bundles:
         one = np.zeros(1, np.int32)
         zero = torch.zeros(1, device=device)
-        return MicroBatch(lay_out([(one, [one])], device), zero > 0, zero, zero, zero)
+        return MicroBatch(lay_out([(one, [one])], device), zero > 0, zero, zero, zero.long(), zero)
 
-    def tensor(arrays: Sequence[NDArray[np.float32]]) -> torch.Tensor:
+    def tensor(arrays: Sequence[NDArray[Any]]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(arrays)).to(device)
 
     items = [item for bundle in bundles for item in bundle.items]
@@ -56,5 +64,6 @@ def gather_micro_batch(bundles: Sequence[Bundle], payloads: Sequence[Any], devic
         mask=torch.ones(sum(counts), dtype=torch.bool, device=device),
         behaviour_logprobs=tensor([completion.logprobs for completion in completions]),
         advantages=tensor([np.repeat(np.array([item.advantage for item in items], np.float32), counts)]),
+        lags=tensor([np.repeat(version - s.version, s.end - s.start) for c in completions for s in c.spans]),
         reference_logprobs=tensor(references) if references else None,
     )

@@ -165,19 +165,20 @@ class Bench:
 def objective_share(batch: Any, step: Callable[[], object], repeats: int) -> Ratio:
     import torch
 
+    from actors.learner_metrics import StepSums
     from maspo_ray.config import MaspoConfig
     from maspo_ray.objectives import policy_loss
-    from maspo_ray.objectives.metrics import objective_sums
     from maspo_ray.tensor_ops import masked_sum
 
     tokens = sum(r.facts.num_tokens for e in batch.experiences for r in e.group.rollouts)
     old, advantages = torch.randn(tokens) - 8, torch.randn(tokens)
-    mask = torch.ones(tokens, dtype=torch.bool)
+    mask, lags = torch.ones(tokens, dtype=torch.bool), torch.zeros(tokens, dtype=torch.int64)
     leaf = (old + 0.1 * torch.randn(tokens)).requires_grad_()
 
     def objective() -> None:
         policy = policy_loss(leaf, old, advantages, MaspoConfig())
-        objective_sums(policy, advantages, mask)
+        sums = StepSums(leaf.device)
+        sums.add_objective(policy, old, advantages, lags, mask)
         masked_sum(policy.token_loss, mask).backward()
 
     return ratio(objective, step, repeats)

@@ -32,6 +32,7 @@ FLOORS = [
     "maspo_ray.objectives.maspo",
     "maspo_ray.objectives.peers",
     "maspo_ray.objectives.metrics",
+    "maspo_ray.objectives.breakdown",
     "maspo_ray.objectives",
     "maspo_ray.staleness",
     "maspo_ray.ledger",

@@ -1,0 +1,93 @@
+"""What an objective did to which tokens: by the advantage's sign, by how likely the token was, and by how stale it is.
+
+Promise: sums in fixed tables that add up over micro-batches and ranks, whatever the split; the names and the means are made of the
+sums at the end. Detached; nothing waits for the device before that.
+"""
+
+import torch
+from torch import Tensor
+
+from maspo_ray.objectives.base import PolicyLoss
+from maspo_ray.objectives.metrics import REFERENCE_CLIP
+from maspo_ray.objectives.peers import within_clip
+
+_MAX_LAG = 15
+_LABELS = (
+    "negative",
+    "positive",
+    *(f"prob_0.{tenth}" for tenth in range(10)),
+    *(f"lag_{lag}" for lag in range(_MAX_LAG + 1)),
+)
+_PROBABILITIES, _LAGS = 2, 12
+"""Where the rows of a table that are by probability begin, and those that are by lag."""
+
+_BIN_WIDTH, _HALF_BINS = 0.01, 200
+QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
+
+
+class Breakdown:
+    """One rank's sums of one update.
+
+    Attributes:
+        table: [labels, statistics] float64.
+        histogram: [bins] float64, tokens by log ρ.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.table = torch.zeros(len(_LABELS), 8, dtype=torch.float64, device=device)
+        self.histogram = torch.zeros(2 * _HALF_BINS, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def add(self, loss: PolicyLoss, old_logprobs: Tensor, advantages: Tensor, lags: Tensor, mask: Tensor) -> None:
+        """Adds a micro-batch; every argument is [tokens].
+
+        Args:
+            lags: int64, weight versions between what sampled the token and what is updated.
+            mask: bool, which tokens count.
+        """
+        gate, ratio = loss.gate, loss.ratio
+        counts = mask.double()
+        clipped = ~within_clip(ratio, advantages, REFERENCE_CLIP, REFERENCE_CLIP)
+        rows = [counts, gate, gate < 0.9, gate < 0.5, gate < 0.1, clipped, ratio, ratio.square()]
+        statistics = torch.stack([torch.where(mask, row, 0).double() for row in rows], dim=1)
+        probability = (old_logprobs.exp() * 10).long().clamp(0, 9) + _PROBABILITIES
+        lag = lags.clamp(0, _MAX_LAG) + _LAGS
+        # A token without an advantage has no gradient, whatever its gate: it is in neither row of the signs.
+        signed = statistics * (advantages != 0).unsqueeze(1)
+        for label, values in (((advantages > 0).long(), signed), (probability, statistics), (lag, statistics)):
+            self.table.index_add_(0, label, values)
+        bins = (ratio.log() / _BIN_WIDTH).floor().long().clamp(-_HALF_BINS, _HALF_BINS - 1) + _HALF_BINS
+        self.histogram.index_add_(0, bins, counts)
+
+    def metrics(self) -> dict[str, float]:
+        """Returns means by label, of labels that have tokens, and the quantiles of ρ.
+
+        objective/gate_mean/…, objective/gate_below_0.9/… (0.5, 0.1), objective/clip_0.2_share/… for every label; for each lag also
+        objective/token_share/…, objective/ratio_mean/… and objective/effective_sample_share/…, (Σ ρ)² / (n Σ ρ²), which is also
+        given over all. A quantile is that of the ratio's histogram, exact to 1 %; beyond e^±2 it reads e^±2.
+        """
+        table = dict(zip(_LABELS, self.table.tolist(), strict=True))
+        lags = [row for label, row in table.items() if label.startswith("lag_")]
+        total = [sum(column) for column in zip(*lags, strict=True)]
+        found = {"objective/effective_sample_share": total[6] ** 2 / (total[0] * total[7])} if total[0] else {}
+        for label, (tokens, gate, *below, clipped, ratio, squares) in table.items():
+            if not tokens:
+                continue
+            found[f"objective/gate_mean/{label}"] = gate / tokens
+            for bound, count in zip((0.9, 0.5, 0.1), below, strict=True):
+                found[f"objective/gate_below_{bound}/{label}"] = count / tokens
+            found[f"objective/clip_{REFERENCE_CLIP}_share/{label}"] = clipped / tokens
+            if label.startswith("lag_"):
+                found[f"objective/token_share/{label}"] = tokens / total[0]
+                found[f"objective/ratio_mean/{label}"] = ratio / tokens
+                found[f"objective/effective_sample_share/{label}"] = ratio**2 / (tokens * squares)
+        return found | self._quantiles()
+
+    def _quantiles(self) -> dict[str, float]:
+        reached = self.histogram.cumsum(0)
+        if not reached[-1]:
+            return {}
+        wanted = torch.tensor(QUANTILES, dtype=torch.float64, device=reached.device) * reached[-1]
+        bins = torch.searchsorted(reached, wanted)
+        values = ((bins - _HALF_BINS + 0.5) * _BIN_WIDTH).exp().tolist()
+        return {f"objective/ratio_p{round(100 * q):02d}": value for q, value in zip(QUANTILES, values, strict=True)}
