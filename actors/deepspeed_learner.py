@@ -1,7 +1,7 @@
 """Learner actor: one rank of a DeepSpeed engine that applies the objective.
 
-Promise: the step's gradient is that of Σ loss / Σ tokens over the whole batch, however it is cut into micro-batches and ranks; a
-step whose loss is not finite is not applied.
+Promise: an update's gradient is that of Σ loss / Σ tokens over all its groups, however they are cut into micro-batches and ranks; one
+whose loss or gradient is not finite is not applied.
 """
 
 import math
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maspo_ray.config import KLConfig, LearnerConfig, ModelConfig, ObjectiveConfig
+from maspo_ray.errors import ConfigError
 from maspo_ray.experience import UpdateReport
 from maspo_ray.packing import Bundle, RankPlan
 from maspo_ray.weight_sync import Backend
@@ -83,18 +84,33 @@ class DeepSpeedLearner:
         torch.set_num_threads(self._threads)
         torch.manual_seed(self._seed)
         init_process_group(self._config.gpus)
-        self._engine = start_engine(
-            load_token_model(self._model_config), self._config, self._model_config, self._total_updates
-        )
+        model = load_token_model(self._model_config)
+        if model.attention == "alone" and self._config.zero_stage == 3 and self._world_size > 1:
+            # A forward pass for each sequence gathers the layers each time, and ranks have different numbers of sequences.
+            raise ConfigError(
+                "learner.zero_stage is 3; this model runs a sequence at a time, which its ranks cannot do in step. Set it to 2."
+            )
+        self._engine = start_engine(model, self._config, self._model_config, self._total_updates)
         self._weights = EngineWeights(self._engine)
         self._device = device_of()
 
     def train_step(self, plans: Sequence[RankPlan], *payloads: Any) -> list[UpdateReport]:
+        from actors.learner_metrics import reduced
+        from maspo_ray.objectives.breakdown import Breakdown
+
         old: list[Sequence[Any] | None] = [None] * len(plans)
         if self._objective.old_policy == "recompute":
             # The first update meets the weights that the batch met: its own log-probs will do.
             old[1:] = [self._logprobs(plan, payloads) for plan in plans[1:]]
-        return [self._update(plan, payloads, known) for plan, known in zip(plans, old, strict=True)]
+        breakdown = Breakdown(self._device)
+        reports = [self._update(plan, payloads, known, breakdown) for plan, known in zip(plans, old, strict=True)]
+        figures = reduced(breakdown)
+        for report in reports:
+            if report.applied:
+                # Of all updates together; the step takes it over from whichever it stands in.
+                report.metrics.update(figures)
+                break
+        return reports
 
     def _logprobs(self, plan: RankPlan, payloads: Sequence[Any]) -> list[Any]:
         """Returns the log-probs of each micro-batch under the weights as they are, without a gradient."""
@@ -109,33 +125,48 @@ class DeepSpeedLearner:
             )
             return [self._engine(batch.tokens, self._temperature)[0] for batch in batches]
 
-    def _update(self, plan: RankPlan, payloads: Sequence[Any], old: Sequence[Any] | None) -> UpdateReport:
+    def _update(
+        self, plan: RankPlan, payloads: Sequence[Any], old: Sequence[Any] | None, breakdown: Any
+    ) -> UpdateReport:
         """Makes one optimizer update.
 
         Args:
             old: with `recompute`, log π_old of each micro-batch, [tokens]; None for what the weights say now.
+            breakdown: takes up this update's, if it is applied.
         """
         from actors.deepspeed_engine import apply_update
-        from actors.learner_metrics import StepSums, faulty_groups
+        from actors.learner_metrics import UpdateSums, faulty_groups
 
+        started = perf_counter()
         self._engine.train()
-        sums = StepSums(self._device)
+        sums = UpdateSums(self._device)
         token_losses = []
         for i, bundles in enumerate(plan.micro_batches):
             loss, token_loss = self._loss(bundles, payloads, old[i] if old else None, sums)
             token_losses.append(token_loss)
             # DeepSpeed averages gradients over the ranks; the shares are to be added up.
             self._engine.backward(loss * (self._world_size / plan.batch_tokens), scale_wrt_gas=False)
-        metrics = sums.reduce(plan.batch_tokens)
-        metrics["learner/lr"] = float(self._engine.get_lr()[0])
-        applied = apply_update(self._engine, math.isfinite(metrics["loss"]))
-        if applied and (norm := self._engine.get_global_grad_norm()) is not None:
+        metrics = sums.reduce(plan.batch_tokens) | {
+            "learner/lr": float(self._engine.get_lr()[0]),
+            "learner/skipped": 0.0,
+        }
+        if not apply_update(self._engine):
+            left_out = {"learner/skipped": 1.0, "tokens/trained": 0.0, "time/train_s": perf_counter() - started}
+            return UpdateReport(left_out, False, faulty_groups(plan, token_losses))
+        breakdown.merge(sums.breakdown)
+        if (norm := self._engine.get_global_grad_norm()) is not None:
             metrics["learner/grad_norm"] = float(norm)
-        metrics["learner/skipped"] = float(not applied)
-        return UpdateReport(metrics, applied, () if applied else faulty_groups(plan, token_losses))
+            metrics["learner/clipped_share"] = float(norm > self._config.max_grad_norm)
+        return UpdateReport(metrics | {"time/train_s": perf_counter() - started}, True, ())
 
     def _loss(self, bundles: Sequence[Bundle], payloads: Sequence[Any], old: Any, sums: Any) -> tuple[Any, Any]:
-        """Returns the loss, Σ over the tokens of a micro-batch, and its terms, [tokens] without a gradient."""
+        """Returns the loss, Σ over the tokens of a micro-batch, and its terms, [tokens] without a gradient.
+
+        A loss that is not finite has a gradient that is not, on which the update is left out; by itself it need not: that of a clamp
+        is 0 at NaN.
+        """
+        import torch
+
         from actors.micro_batch import gather_micro_batch
         from maspo_ray.objectives import importance_weights, policy_loss
         from maspo_ray.tensor_ops import kl_estimate, masked_sum
@@ -160,7 +191,9 @@ class DeepSpeedLearner:
             sums.add("kl", divergence, batch.mask)
             token_loss = token_loss + self._kl.coef * divergence
         sums.add("loss", token_loss, batch.mask)
-        return masked_sum(token_loss, batch.mask), token_loss.detach()
+        loss = masked_sum(token_loss, batch.mask)
+        fault = torch.where(loss.detach().isfinite(), 0.0, math.nan)
+        return loss + fault * logprobs.sum(), token_loss.detach()
 
     def shares_prompts(self) -> bool:
         return self._engine.module.shares_prompts
@@ -172,7 +205,8 @@ class DeepSpeedLearner:
 
         self._engine.eval()
         bundles = [(prompt, [completion]) for prompt, completion in pairs]
-        return completion_logprobs(self._engine, bundles, self._temperature, self._device)
+        limit = self._config.max_tokens_per_micro_batch
+        return completion_logprobs(self._engine, bundles, self._temperature, self._device, limit)
 
     def connect(
         self, rollout_handles: Sequence[Any], workers_per_engine: int, backend: Backend, timeout_s: float

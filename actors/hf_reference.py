@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 from maspo_ray.config import ModelConfig
 from maspo_ray.experience import Completion, Prompt
 
+_ROW_TOKENS = 8192
+"""Of one forward pass, unless one sequence has more."""
+
 
 class HFReference:
     """One frozen model. See `maspo_ray.protocols.ReferenceActor`."""
@@ -35,6 +38,8 @@ class HFReference:
         from actors.token_model import completion_logprobs
 
         completions = [completion.token_ids for batch in batches for completion in batch]
-        shared = self._model.shares_prompts
-        bundles = [(prompt.token_ids, part) for part in ([completions] if shared else [[c] for c in completions])]
-        return completion_logprobs(self._model, bundles, self._temperature, self._device)
+        # So many behind one copy of the prompt that each row is about full.
+        room = max(1, (_ROW_TOKENS - len(prompt.token_ids)) // max(map(len, completions)))
+        size = room if self._model.shares_prompts else 1
+        bundles = [(prompt.token_ids, completions[i : i + size]) for i in range(0, len(completions), size)]
+        return completion_logprobs(self._model, bundles, self._temperature, self._device, _ROW_TOKENS)

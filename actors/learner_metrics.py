@@ -32,14 +32,14 @@ _SHARES = {
 }
 
 
-class StepSums:
-    """Accumulates one update's sums on one rank."""
+class UpdateSums:
+    """Accumulates one update's sums on one rank; its `breakdown` is not reduced here, but over a step."""
 
     def __init__(self, device: torch.device) -> None:
         self._zero = torch.zeros((), dtype=torch.float64, device=device)
         self._sums: dict[str, Tensor] = {}
         self._ratio_max = self._zero
-        self._breakdown = Breakdown(device)
+        self.breakdown = Breakdown(device)
 
     def add(self, name: str, values: Tensor, mask: Tensor) -> None:
         """Adds a micro-batch's values, [tokens], where the mask holds."""
@@ -49,7 +49,7 @@ class StepSums:
         self, policy: PolicyLoss, old_logprobs: Tensor, advantages: Tensor, lags: Tensor, mask: Tensor
     ) -> None:
         """Adds what the objective did to a micro-batch; each argument is [tokens]."""
-        self._breakdown.add(policy, old_logprobs, advantages, lags, mask)
+        self.breakdown.add(policy, old_logprobs, advantages, lags, mask)
         sums = objective_sums(policy, advantages, mask)
         self._ratio_max = torch.maximum(self._ratio_max, sums["ratio_max"])
         for name in filter(_SHARES.__contains__, sums):
@@ -59,13 +59,18 @@ class StepSums:
         """Returns the metrics of the whole update, the same on every rank: of what was added, and all ranks add the same.
         A collective."""
         sums = torch.stack(list(self._sums.values()))
-        for tensor in (sums, self._breakdown.table, self._breakdown.histogram):
-            dist.all_reduce(tensor)
+        dist.all_reduce(sums)
         dist.all_reduce(self._ratio_max, op=dist.ReduceOp.MAX)
         shares = (sums / batch_tokens).tolist()
         metrics = {_SHARES[name]: share for name, share in zip(self._sums, shares, strict=True)}
-        metrics |= {"objective/ratio_max": self._ratio_max.item(), "tokens/trained": float(batch_tokens)}
-        return metrics | self._breakdown.metrics()
+        return metrics | {"objective/ratio_max": self._ratio_max.item(), "tokens/trained": float(batch_tokens)}
+
+
+def reduced(breakdown: Breakdown) -> dict[str, float]:
+    """Returns the figures of all ranks' breakdowns together. A collective."""
+    for tensor in (breakdown.table, breakdown.histogram):
+        dist.all_reduce(tensor)
+    return breakdown.metrics()
 
 
 def faulty_groups(plan: RankPlan, token_losses: Sequence[Tensor]) -> tuple[int, ...]:

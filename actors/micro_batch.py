@@ -58,12 +58,15 @@ def gather_micro_batch(
         [(payloads[bundle.prompt].token_ids, list(islice(ids, len(bundle.items)))) for bundle in bundles], device
     )
     counts = [item.num_tokens for item in items]
+    lags = np.array([version - span.version for completion in completions for span in completion.spans])
+    assert (lags >= 0).all(), f"a token was sampled by weights newer than version {version}"
+    spans = [span.end - span.start for completion in completions for span in completion.spans]
     references = [payloads[item.reference[0]][item.reference[1]] for item in items if item.reference is not None]
     return MicroBatch(
         tokens=tokens,
         mask=torch.ones(sum(counts), dtype=torch.bool, device=device),
         behaviour_logprobs=tensor([completion.logprobs for completion in completions]),
         advantages=tensor([np.repeat(np.array([item.advantage for item in items], np.float32), counts)]),
-        lags=tensor([np.repeat(version - s.version, s.end - s.start) for c in completions for s in c.spans]),
+        lags=tensor([np.repeat(lags, spans)]),
         reference_logprobs=tensor(references) if references else None,
     )

@@ -93,18 +93,43 @@ def load_token_model(config: ModelConfig) -> TokenModel:
     attention = attention_of(there, model._supports_attention_backend, config.attn_implementation)
     if attention == "trees":
         model.set_attn_implementation(tree_attention.NAME)
+        if model.config._attn_implementation != tree_attention.NAME:
+            attention = "packed"
+    _remove_dropout(model)
     return TokenModel(model, attention)
+
+
+def _remove_dropout(model: PreTrainedModel) -> None:
+    """Sets every dropout to 0: a policy's log-probs are those that it samples by."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010  (a Module's attributes are typed as tensors)
 
 
 @torch.no_grad()
 def completion_logprobs(
-    model: torch.nn.Module, bundles: Sequence[Bundled], temperature: float, device: torch.device
+    model: torch.nn.Module, bundles: Sequence[Bundled], temperature: float, device: torch.device, max_tokens: int
 ) -> list[NDArray[np.float32]]:
     """Returns [tokens] float32 log-probs of each bundle's completions in turn.
 
     Args:
         model: a `TokenModel`, or what wraps it.
+        max_tokens: of one forward pass, unless a bundle alone has more.
     """
-    logprobs, _ = model(lay_out(bundles, device), temperature)
-    lengths = [len(completion) for _, completions in bundles for completion in completions]
-    return [part.numpy() for part in logprobs.cpu().split(lengths)]
+    scored: list[NDArray[np.float32]] = []
+    row: list[Bundled] = []
+    for i, bundle in enumerate(bundles):
+        row.append(bundle)
+        if i + 1 < len(bundles) and sum(map(_num_tokens, [*row, bundles[i + 1]])) <= max_tokens:
+            continue
+        logprobs, _ = model(lay_out(row, device), temperature)
+        lengths = [len(completion) for _, completions in row for completion in completions]
+        scored += [part.numpy() for part in logprobs.cpu().split(lengths)]
+        row = []
+    return scored
+
+
+def _num_tokens(bundle: Bundled) -> int:
+    return len(bundle[0]) + sum(map(len, bundle[1]))

@@ -28,7 +28,7 @@ def tree_attention(
     trees: Sequence[Tree],
     scaling: float | None = None,
     dropout: float = 0.0,
-    **_: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Returns [1, tokens, heads, d]; the signature is transformers'.
 
@@ -40,6 +40,8 @@ def tree_attention(
         attention_mask: None; what attends to what is in `trees`.
     """
     assert attention_mask is None and dropout == 0.0, "trees are the mask, and a policy's log-probs have no dropout"
+    unknown = [name for name in ("softcap", "s_aux", "sliding_window", "position_bias") if others.get(name) is not None]
+    assert not unknown, f"this model's attention has {unknown}, which trees do not know"
     repeats = query.shape[1] // key.shape[1]
     # Repeated before the cut: a kernel that takes fewer key-value heads under a mask is not there on every device.
     key, value = (x.repeat_interleave(repeats, dim=1) if repeats > 1 else x for x in (key, value))
@@ -55,7 +57,7 @@ def tree_attention(
         for size in tree.branches:
             own_query, own_key, own_value = next(parts)
             if size == 0:
-                outputs.append(own_query)
+                outputs.append(own_value)
                 continue
             outputs.append(
                 F.scaled_dot_product_attention(

@@ -2,10 +2,12 @@
 
     python -m bench.learner
 
-rl_overhead            a whole step, optimizer included / plain transformers' forward and backward of the same sequences
+rl_overhead            a whole step, optimizer included / plain transformers' forward and backward of the same sequences, with
+                       logits of the completions alone
 utilisation            the step's model FLOP/s / the matrix product's, measured in the same run
-ragged_speedup         rows padded to the longest / packed, completions of log-normal length
-shared_prompt_speedup  a copy of the prompt for each completion / one for the group
+ragged_speedup         rows padded to the longest of the batch / packed, completions of log-normal length
+shared_prompt_speedup  a copy of the prompt for each completion / one for the group; 40 and 24 tokens, groups of 8
+shared_at_prompt_share_X  the same where the prompt makes up a share X of a sequence, without the optimizer: below 1 it does not pay
 objective_share        the objective, its metrics and its backward pass / the step without the optimizer
 logits_memory, _time   chunked log-probs and entropy / the plain form (`bench.logits`)
 
@@ -86,16 +88,24 @@ class Bench:
         return lambda: self.learner.train_step([plan], *payloads)
 
     def plain_step(self, batch: Any, rows: int) -> Callable[[], object]:
-        """Returns transformers' own forward pass with its loss, and the backward pass, of sequences of one length."""
+        """Returns transformers' own forward pass, logits of completion tokens only, cross-entropy, and the backward pass.
+
+        Args:
+            batch: its sequences are of one length.
+            rows: sequences of one forward pass.
+        """
         import numpy as np
         import torch
 
         ids = torch.from_numpy(np.stack(batch.sequences()).astype(np.int64))
+        completion_tokens = ids.shape[1] - batch.experiences[0].group.prompt_tokens
 
         def run() -> None:
             self.plain.zero_grad()
             for part in ids.split(rows):
-                self.plain(input_ids=part, labels=part, use_cache=False).loss.backward()
+                output = self.plain(input_ids=part, logits_to_keep=completion_tokens + 1, use_cache=False)
+                logits = output.logits[:, :-1].flatten(0, 1).float()
+                torch.nn.functional.cross_entropy(logits, part[:, -completion_tokens:].flatten()).backward()
 
         return run
 
@@ -104,9 +114,8 @@ class Bench:
         import numpy as np
         import torch
 
-        from actors.token_model import TokenModel
+        from maspo_ray.tensor_ops import chunked_logprobs
 
-        model = TokenModel(self.plain, "packed")
         sequences = batch.sequences()
         width = max(map(len, sequences))
         rows = max(1, max_tokens // width)
@@ -114,15 +123,13 @@ class Bench:
         mask = torch.arange(width)[None] < torch.tensor([len(s) for s in sequences])[:, None]
 
         def run() -> None:
-            from maspo_ray.tensor_ops import chunked_logprobs
-
             self.plain.zero_grad()
             for part, real in zip(ids.split(rows), mask.split(rows), strict=True):
-                decoder = model.model.get_decoder()
+                decoder = self.plain.get_decoder()
                 hidden = decoder(input_ids=part, attention_mask=real.long(), use_cache=False).last_hidden_state
                 wanted = real[:, 1:].clone()
                 wanted[:, : batch.experiences[0].group.prompt_tokens - 1] = False
-                head = model.model.get_output_embeddings().weight
+                head = self.plain.get_output_embeddings().weight
                 chunked_logprobs(hidden[:, :-1][wanted], head, part[:, 1:][wanted], 1.0)[0].sum().backward()
 
         return run
@@ -133,10 +140,10 @@ class Bench:
         return self._without_optimizer(plan, payloads)
 
     def _without_optimizer(self, plan: Any, payloads: Sequence[Any]) -> Callable[[], object]:
-        from actors.learner_metrics import StepSums
+        from actors.learner_metrics import UpdateSums
 
         def run() -> None:
-            sums = StepSums(self.learner._device)
+            sums = UpdateSums(self.learner._device)
             for bundles in plan.micro_batches:
                 self.learner._loss(bundles, payloads, None, sums)[0].backward()
             self.learner._engine.module.zero_grad()
@@ -165,7 +172,7 @@ class Bench:
 def objective_share(batch: Any, step: Callable[[], object], repeats: int) -> Ratio:
     import torch
 
-    from actors.learner_metrics import StepSums
+    from actors.learner_metrics import UpdateSums
     from maspo_ray.config import MaspoConfig
     from maspo_ray.objectives import policy_loss
     from maspo_ray.tensor_ops import masked_sum
@@ -177,7 +184,7 @@ def objective_share(batch: Any, step: Callable[[], object], repeats: int) -> Rat
 
     def objective() -> None:
         policy = policy_loss(leaf, old, advantages, MaspoConfig())
-        sums = StepSums(leaf.device)
+        sums = UpdateSums(leaf.device)
         sums.add_objective(policy, old, advantages, lags, mask)
         masked_sum(policy.token_loss, mask).backward()
 

@@ -2,16 +2,16 @@
 
     python -m bench.logits
 
-Extra peak memory is what the process's resident size grows by at most, in forward and backward pass together. `bench.learner` runs
-this too.
+Extra peak memory is what the process's resident size grows by at most, in forward and backward pass together. Linux only.
+`bench.learner` runs this too.
 """
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 from time import perf_counter
 
 FORMS = ("chunked", "plain")
@@ -30,7 +30,9 @@ def probe(form: str, tokens: int, vocabulary: int, width: int) -> dict[str, floa
     # The gradients are there before: they are the same in both forms.
     hidden.grad, weight.grad = torch.zeros_like(hidden), torch.zeros_like(weight)
     (hidden @ weight[:1].T).sum().backward()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Forget the peak so far; `getrusage` cannot, and counts that of the parent process too.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _peak_mib()
     started = perf_counter()
     if form == "chunked":
         logprobs, entropy = chunked_logprobs(hidden, weight, targets, 1.0)
@@ -42,7 +44,12 @@ def probe(form: str, tokens: int, vocabulary: int, width: int) -> dict[str, floa
     logprobs.sum().backward()
     seconds = perf_counter() - started
     assert entropy.isfinite().all()
-    return {"mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, "s": seconds}
+    return {"mib": _peak_mib() - before, "s": seconds}
+
+
+def _peak_mib() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def measure(repeats: int, tokens: int = 4096, vocabulary: int = 49_152, width: int = 576) -> dict[str, float]:

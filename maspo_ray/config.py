@@ -120,18 +120,18 @@ class RunConfig(Section):
         return self
 
     def check_batch_divides(self, ranks: int) -> None:
-        """Checks that every update gives each of so many learner ranks as many groups.
+        """Checks that each update can give each of so many learner ranks as many groups.
 
         Raises:
             ConfigError: it does not.
         """
         batch, updates = self.pipeline.groups_per_step, self.learner.updates_per_batch
         if batch % (ranks * updates):
-            parts = f"the learner's {ranks} ranks"
-            if updates > 1:
-                parts = f"learner.updates_per_batch ({updates}) times {parts}"
+            parts = [f"learner.updates_per_batch ({updates})"] * (updates > 1) + [f"the learner's {ranks} ranks"] * (
+                ranks > 1
+            )
             raise ConfigError(
-                f"pipeline.groups_per_step is {batch}; it must divide by {parts}. "
+                f"pipeline.groups_per_step is {batch}; it must divide by {' times '.join(parts)}. "
                 f"Set it to {math.ceil(batch / (ranks * updates)) * ranks * updates}."
             )
 

@@ -205,7 +205,7 @@ class LearnerConfig(RoleConfig):
     """Optimizer updates that one step makes of its batch, each of as many whole groups."""
     share_prompts: bool = True
     """Pay for a prompt once for all its completions in a micro-batch: each attends to the one copy and to itself alone. The
-    result is the same. A model whose attention cannot do it (sliding windows, states) trains without, and says so."""
+    result is the same. Where the attention cannot do it (sliding windows, states; eager, flash_attention_2) each has its own."""
     gradient_checkpointing: bool = False
     max_skipped_updates: int = Field(3, ge=0)
     """An update whose loss or gradient is not finite is left out and logged with its groups; more in a row stop the run."""
@@ -301,9 +301,9 @@ class KLConfig(Section):
 
 class PipelineConfig(Section):
     steps: int = Field(100, ge=1)
-    """Optimizer steps in all."""
+    """Steps in all: a batch of groups trained on, then a publish."""
     groups_per_step: int = Field(16, ge=1)
-    """Groups that one optimizer step trains on (B)."""
+    """Groups that one step trains on (B), in `learner.updates_per_batch` updates."""
     max_staleness: int = Field(1, ge=0)
     """Weight versions that a trained token may be behind the learner (η); 0 is on-policy and synchronous."""
     parity_every: int = Field(10, ge=0)
@@ -321,7 +321,7 @@ class PipelineConfig(Section):
     weight_sync_timeout_s: float = Field(300.0, gt=0)
     """Deadline of each part of a weight transfer; the actor that misses it is named."""
     step_timeout_s: float = Field(3600.0, gt=0)
-    """Deadline of one optimizer step."""
+    """Deadline of a step's training."""
 
 
 class PlacementConfig(Section):

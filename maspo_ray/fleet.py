@@ -119,7 +119,8 @@ class Fleet:
             self.shares_prompts = await self.learners("shares_prompts")
             if not self.shares_prompts:
                 note(
-                    "learner.share_prompts is on; this model's attention cannot, so each completion has its own prompt"
+                    "learner.share_prompts is on; the attention of this model and model.attn_implementation cannot share, so that each "
+                    "completion has a prompt of its own"
                 )
         rollout = self._config.rollout
         await self.learners(

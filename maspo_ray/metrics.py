@@ -59,6 +59,7 @@ _OVER_UPDATES: Mapping[str, Reduction] = {
     "tokens/trained": "sum",
     "learner/skipped": "sum",
     "learner/lr": "last",
+    "time/train_s": "sum",
 }
 
 

@@ -6,7 +6,6 @@ ledger's and the buffer's; the coroutines only move things between them.
 """
 
 import asyncio
-import logging
 from time import monotonic
 from typing import Any
 
@@ -28,8 +27,7 @@ from maspo_ray.rollout_pool import RolloutPool
 from maspo_ray.run_folder import RunFolder
 from maspo_ray.run_record import RunRecord
 from maspo_ray.staleness import StalenessGate
-
-_log = logging.getLogger(__name__)
+from maspo_ray.update_watch import UpdateWatch
 
 
 class Pipeline:
@@ -67,7 +65,7 @@ class Pipeline:
         self._metrics = StepMetrics()
         self._num_groups = 0
         self._dropped_in_a_row = 0
-        self._skipped_in_a_row = 0
+        self._updates = UpdateWatch(config.learner.max_skipped_updates)
 
     @property
     def group_counts(self) -> dict[str, int]:
@@ -215,16 +213,12 @@ class Pipeline:
         ranks = len(self._fleet.of_role("learner"))
         updates = learner.updates_per_batch
         plans = pack(batch, ranks, learner.max_tokens_per_micro_batch, self._fleet.shares_prompts, updates)
-        started = monotonic()
         reports: list[UpdateReport] = await within(
             self._config.pipeline.step_timeout_s,
             f"step {step} did not end within pipeline.step_timeout_s",
             self._fleet.learners_each("train_step", [(own, *payloads) for own, payloads in plans]),
         )
-        learned = combine_updates([report.metrics for report in reports]) | {"time/train_s": monotonic() - started}
-        for report in reports:
-            self._watch_skipped(step, report)
-        learned |= await self._publish(step)
+        learned = combine_updates([report.metrics for report in reports]) | await self._publish(step)
         self._gate.publish(step)
         self._admission.set()
         for i, experience in enumerate(batch):
@@ -232,26 +226,13 @@ class Pipeline:
                 self._end(experience.group, GroupOutcome.TRAINED, step=step)
             else:
                 self._end(experience.group, GroupOutcome.FAILED, cause="its update was left out")
+        for report in reports:
+            self._updates.watch(step, report)
         every = self._config.pipeline.parity_every
         if every and step % every == 0:
             parity = await self._check_parity(step)
             learned |= {"parity/max": parity.max, "parity/mean": parity.mean}
         return learned
-
-    def _watch_skipped(self, step: int, report: UpdateReport) -> None:
-        """Logs an update that was left out; raises when there were too many in a row."""
-        self._skipped_in_a_row = 0 if report.applied else self._skipped_in_a_row + 1
-        if report.applied:
-            return
-        groups = ", ".join(map(str, report.faulty_groups))
-        what = f"the loss of group {groups} is not finite" if groups else "the gradient is not finite"
-        _log.warning("an update of step %d was left out: %s", step, what)
-        limit = self._config.learner.max_skipped_updates
-        if self._skipped_in_a_row > limit:
-            raise RunError(
-                f"the last {self._skipped_in_a_row} updates were left out (the latest: {what}), more than "
-                f"learner.max_skipped_updates ({limit}) allows. Lower learner.lr, or look at these groups' rewards and log-probs."
-            )
 
     async def _publish(self, version: int) -> dict[str, float]:
         # The client's own deadlines come first and name the actor; a collective that hangs has none of its own.

@@ -26,7 +26,7 @@ QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
 
 
 class Breakdown:
-    """One rank's sums of one update.
+    """One rank's sums, of an update or of several.
 
     Attributes:
         table: [labels, statistics] float64.
@@ -59,12 +59,18 @@ class Breakdown:
         bins = (ratio.log() / _BIN_WIDTH).floor().long().clamp(-_HALF_BINS, _HALF_BINS - 1) + _HALF_BINS
         self.histogram.index_add_(0, bins, counts)
 
+    def merge(self, other: "Breakdown") -> None:
+        """Adds what another has gathered."""
+        self.table += other.table
+        self.histogram += other.histogram
+
     def metrics(self) -> dict[str, float]:
         """Returns means by label, of labels that have tokens, and the quantiles of ρ.
 
         objective/gate_mean/…, objective/gate_below_0.9/… (0.5, 0.1), objective/clip_0.2_share/… for every label; for each lag also
         objective/token_share/…, objective/ratio_mean/… and objective/effective_sample_share/…, (Σ ρ)² / (n Σ ρ²), which is also
-        given over all. A quantile is that of the ratio's histogram, exact to 1 %; beyond e^±2 it reads e^±2.
+        given over all. The last lag stands for all that are larger. objective/ratio_p01, p10, p50, p90, p99 are quantiles of the
+        ratio's histogram, exact to 1 %; beyond e^±2 they read e^±2.
         """
         table = dict(zip(_LABELS, self.table.tolist(), strict=True))
         lags = [row for label, row in table.items() if label.startswith("lag_")]

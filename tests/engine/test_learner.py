@@ -1,6 +1,7 @@
 """The learner on a real DeepSpeed engine, on one rank and on two, against plain PyTorch."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -192,13 +193,31 @@ def test_learner_updates_equal_plain_pytorch_for_any_cut(
     assert (tmp_path / "saved" / "tokenizer.json").exists()
 
 
-@pytest.mark.parametrize(("ranks", "zero_stage"), [(1, 1), (2, 0)])
+def _broken(experience: Experience, fault: str) -> Experience:
+    """Returns the experience with a NaN in its second completion."""
+    group, nan = experience.group, float("nan")
+    if fault == "advantage":
+        return Experience(group, (0.5, nan, -0.5), experience.reference_logprobs)
+    if fault == "reference":
+        references = ray.get(experience.reference_logprobs)
+        return Experience(group, experience.advantages, ray.put([references[0], references[1] * nan, references[2]]))
+    completions = ray.get(group.rollouts[0].payload)
+    completions[1] = replace(completions[1], logprobs=completions[1].logprobs * nan)
+    payload = ray.put(completions)
+    rollouts = tuple(replace(rollout, payload=payload) for rollout in group.rollouts)
+    return Experience(replace(group, rollouts=rollouts), experience.advantages, experience.reference_logprobs)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "zero_stage", "fault"),
+    [(1, 1, "behaviour"), (2, 0, "advantage"), (2, 2, "reference"), (2, 3, "advantage")],
+)
 def test_learner_step_with_a_loss_that_is_not_finite_is_left_out_and_names_the_group(
-    tiny_model: str, own_ray: None, ranks: int, zero_stage: int
+    tiny_model: str, own_ray: None, ranks: int, zero_stage: int, fault: str
 ) -> None:
     experiences, _ = _batch(0)
     [first, second, *rest] = experiences
-    broken = [first, Experience(second.group, (0.5, float("nan"), -0.5), second.reference_logprobs), *rest]
+    broken = [first, _broken(second, fault), *rest]
     actors = _start(tiny_model, ranks, zero_stage, 4096)
 
     def probe() -> np.ndarray:

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
 
 from actors.token_batch import Bundled, Tree, lay_out
-from actors.token_model import TokenModel, attention_of, load_token_model
+from actors.token_model import TokenModel, attention_of, completion_logprobs, load_token_model
 from actors.tree_attention import tree_mask
 from maspo_ray.config import ModelConfig
 
@@ -150,3 +150,12 @@ def test_output_layers_bias_counts(tmp_path: Path) -> None:
     bundles = _bundles(5)
     logprobs, _ = TokenModel(model, "packed")(lay_out(_apart(bundles), torch.device("cpu")), TEMPERATURE)
     _assert_close(logprobs.detach(), _plain(model, bundles).detach())
+
+
+def test_completion_logprobs_do_not_depend_on_how_many_fit_a_row(tmp_path: Path) -> None:
+    token_model = load_token_model(ModelConfig(path=_save(tmp_path, "llama"), dtype="float32"))
+    bundles = _bundles(6)
+    results = [completion_logprobs(token_model, bundles, TEMPERATURE, torch.device("cpu"), n) for n in (1, 24, 4096)]
+    for row in results:
+        assert [len(part) for part in row] == [9, 1, 4, 3, 1, 1, 6, 12]
+        assert np.abs(np.concatenate(row) - np.concatenate(results[0])).max() < 1e-5

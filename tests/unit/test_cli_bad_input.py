@@ -104,6 +104,8 @@ CASES: dict[str, Case] = {
     "group of one": (None, ["--rollout.group_size", "1"], "rollout.group_size is 1; the grpo advantage compares the completions of a group, so it needs at least 2. Set"),
     "negative staleness": (None, ["--pipeline.max_staleness", "-1"], "pipeline.max_staleness is '-1'; input should be greater than or equal to 0. Change"),
     "batch and ranks": (None, ["--learner.replicas", "3"], "pipeline.groups_per_step is 16; it must divide by the learner's 3 ranks. Set it to 18."),
+    "batch and updates": (None, ["--learner.updates_per_batch", "3"], "pipeline.groups_per_step is 16; it must divide by learner.updates_per_batch (3). Set it to 18."),
+    "batch, updates and ranks": (None, ["--learner.updates_per_batch", "4", "--learner.replicas", "3"], "pipeline.groups_per_step is 16; it must divide by learner.updates_per_batch (4) times the learner's 3 ranks. Set it to 24."),
     "no module": (None, ["--reward.actor", "no_such:Reward"], "reward.actor is no_such:Reward; there is no module no_such. Run from"),
     "no class": (None, ["--reward.actor", "rewards_of_a_user:Nobody"], "reward.actor is rewards_of_a_user:Nobody; module rewards_of_a_user has no class Nobody. Name one"),
     "lacks a method": (None, ["--reward.actor", "rewards_of_a_user:Lacking"], "reward.actor is rewards_of_a_user:Lacking; the class has no method score, which RewardActor needs. Add score"),
