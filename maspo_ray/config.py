@@ -14,22 +14,18 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsError
 
+from maspo_ray.config_objective import AdvantageConfig, GrpoConfig, KLConfig, MaspoConfig, ObjectiveConfig
 from maspo_ray.config_sections import (
-    AdvantageConfig,
     CheckpointConfig,
     DataConfig,
     DataSource,
     Dtype,
     EvalConfig,
-    GrpoConfig,
     HuggingFaceSource,
     JsonlSource,
-    KLConfig,
     LearnerConfig,
     LoggingConfig,
-    MaspoConfig,
     ModelConfig,
-    ObjectiveConfig,
     ParityStatistic,
     PipelineConfig,
     PlacementConfig,
