@@ -5,12 +5,11 @@ float64); what a mask leaves out cannot reach a result or a gradient; `[tokens, 
 the forward nor in the backward pass.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from maspo_ray.errors import ConfigError
 
@@ -69,7 +68,7 @@ def chunked_logprobs(
     weight: Tensor,
     targets: Tensor,
     temperature: float,
-    chunk_tokens: int = 1024,
+    chunk_tokens: int = 512,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns the log-probs of `targets` and the entropy of each token's distribution, both [tokens] float32.
@@ -91,33 +90,57 @@ def chunked_logprobs(
         raise ConfigError(f"temperature is {temperature}; log-probs need one above 0. Set rollout.temperature to 1.0.")
     if chunk_tokens < 1:
         raise ConfigError(f"chunk_tokens is {chunk_tokens}; it must be at least 1. Raise it.")
-    logprobs, entropies = [], []
-    # A batch without tokens still takes one (empty) chunk, so that its result is part of the graph.
-    for start in range(0, max(len(targets), 1), chunk_tokens):
-        stop = start + chunk_tokens
-        chunk = checkpoint(
-            _chunk_logprobs,
-            hidden[start:stop],
-            weight,
-            bias,
-            targets[start:stop],
-            temperature,
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
-        logprobs.append(chunk[0])
-        entropies.append(chunk[1])
-    return torch.cat(logprobs), torch.cat(entropies)
+    found: tuple[Tensor, Tensor] = _ChunkedLogprobs.apply(hidden, weight, bias, targets, temperature, chunk_tokens)
+    return found
 
 
-def _chunk_logprobs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
+class _ChunkedLogprobs(torch.autograd.Function):
+    """`chunked_logprobs` with one chunk's logits at a time, turned in place into what they are needed for."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_tokens: int,
+    ) -> tuple[Tensor, Tensor]:
+        logprobs, entropy, log_norm = (hidden.new_empty(len(targets), dtype=compute_dtype(hidden)) for _ in range(3))
+        for start in range(0, len(targets), chunk_tokens):
+            part = slice(start, start + chunk_tokens)
+            logits = _logits(hidden[part], weight, bias, temperature)
+            log_norm[part] = torch.logsumexp(logits, dim=-1)
+            logprobs[part] = logits.gather(-1, targets[part, None])[:, 0] - log_norm[part]
+            # `entr` takes 0 log 0 as 0, which a vocabulary with logits of -inf needs.
+            entropy[part] = torch.special.entr(logits.sub_(log_norm[part, None]).exp_()).sum(dim=-1)
+        ctx.save_for_backward(hidden, weight, bias, targets, log_norm)
+        ctx.temperature, ctx.chunk_tokens = temperature, chunk_tokens
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, log_norm = ctx.saved_tensors
+        grad_logprobs = gradients[0] / ctx.temperature
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        grad_bias = None if bias is None else torch.zeros_like(bias)
+        for start in range(0, len(targets), ctx.chunk_tokens):
+            part = slice(start, start + ctx.chunk_tokens)
+            # ∂ log π(target) / ∂ logits = (1[target] − π) / temperature
+            grad_logits = _logits(hidden[part], weight, bias, ctx.temperature).sub_(log_norm[part, None]).exp_()
+            grad_logits.mul_(-grad_logprobs[part, None])
+            grad_logits.scatter_add_(1, targets[part, None], grad_logprobs[part, None])
+            grad_logits = grad_logits.to(weight.dtype)
+            grad_hidden[part] = grad_logits @ weight
+            grad_weight.addmm_(grad_logits.T, hidden[part])
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum(dim=0)
+        return grad_hidden, grad_weight, grad_bias, None, None, None
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+    """Returns [tokens, vocab] logits at the temperature, of at least float32."""
     logits = F.linear(hidden, weight, bias)
-    logits = logits.to(compute_dtype(logits)) / temperature
-    logprobs = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - torch.logsumexp(logits, dim=-1)
-    # The entropy comes last: recomputation in the backward pass ends before it. `entr` takes 0 log 0 as 0, which a
-    # vocabulary with logits of -inf needs.
-    with torch.no_grad():
-        entropy = torch.special.entr(torch.softmax(logits, dim=-1)).sum(dim=-1)
-    return logprobs, entropy
+    return logits.to(compute_dtype(logits)).div_(temperature)
