@@ -94,18 +94,15 @@ def apply_update(engine: Any) -> bool:
     A gradient that is not finite is discarded: by DeepSpeed, whose ZeRO and bfloat16 optimizers look at its norm, and here where
     neither is in use.
     """
-    plain = engine.zero_optimization_stage() == 0 and not engine.bfloat16_enabled()
-    finite = torch.ones((), device=engine.device)
-    if plain:
+    if engine.zero_optimization_stage() == 0 and not engine.bfloat16_enabled():
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
         finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all().float()
         dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-    if not finite.item():
-        engine.zero_grad()
-        return False
+        if not finite.item():
+            engine.zero_grad()
+            return False
     engine.step()
-    applied: bool = engine.was_step_applied()
-    return applied
+    return bool(engine.was_step_applied())
 
 
 class EngineWeights(WeightSource):

@@ -134,12 +134,8 @@ class Bench:
 
         return run
 
-    def packed_step(self, batch: Any, max_tokens: int) -> Callable[[], object]:
-        """Returns forward and backward pass of the packed form, prompts not shared, without the optimizer."""
-        plan, payloads = batch.plan(max_tokens, share_prompts=False)
-        return self._without_optimizer(plan, payloads)
-
-    def _without_optimizer(self, plan: Any, payloads: Sequence[Any]) -> Callable[[], object]:
+    def without_optimizer(self, plan: Any, payloads: Sequence[Any]) -> Callable[[], object]:
+        """Returns forward and backward pass of a plan."""
         from actors.learner_metrics import UpdateSums
 
         def run() -> None:
@@ -206,14 +202,14 @@ def measure(bench: Bench) -> dict[str, Ratio]:
     print(f"matrix product {peak / 1e9:.0f} GFLOP/s; a step of {statistics.median(times):.2f} s", flush=True)
     shared = bench.step(groups, 1024, share=True)
     found["shared_prompt_speedup"] = ratio(whole, shared, bench.repeats)
-    found["objective_share"] = objective_share(
-        groups, bench._without_optimizer(*groups.plan(1024, True)), bench.repeats
-    )
+    found["objective_share"] = objective_share(groups, bench.without_optimizer(*groups.plan(1024, True)), bench.repeats)
     ragged = bench.batch(40, [lognormal_lengths(8, 64, 512, seed) for seed in range(2)])
-    found["ragged_speedup"] = ratio(bench.padded_step(ragged, 1024), bench.packed_step(ragged, 1024), bench.repeats)
+    found["ragged_speedup"] = ratio(
+        bench.padded_step(ragged, 1024), bench.without_optimizer(*ragged.plan(1024, False)), bench.repeats
+    )
     for prompt_tokens in (1, 3, 10):
         groups = bench.batch(prompt_tokens, [[24] * 8] * 2)
-        alone, together = (bench._without_optimizer(*groups.plan(1024, share)) for share in (False, True))
+        alone, together = (bench.without_optimizer(*groups.plan(1024, share)) for share in (False, True))
         share_of_tokens = prompt_tokens / (prompt_tokens + 24)
         found[f"shared_at_prompt_share_{share_of_tokens:.2f}"] = ratio(alone, together, bench.repeats)
     return found
