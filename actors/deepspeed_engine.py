@@ -4,8 +4,10 @@ Promise: every micro-batch adds to the gradient and the caller alone says when a
 the loss that the ranks' shares add up to.
 """
 
+import math
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import deepspeed
@@ -17,21 +19,37 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
+from actors.lora import Weight, weights_of
 from actors.token_model import TokenModel
 from maspo_ray.config import LearnerConfig, ModelConfig
 
 
-def deepspeed_config(learner: LearnerConfig, model: ModelConfig) -> dict[str, Any]:
+def zero_stage_of(learner: LearnerConfig, model: ModelConfig, world_size: int) -> int:
+    """Returns the ZeRO stage: what the config says, or 1 where there is something to shard or to keep in float32, else 0."""
+    if learner.zero_stage is not None:
+        return learner.zero_stage
+    plain = world_size == 1 and model.dtype == "float32" and "zero_optimization" not in learner.deepspeed
+    return 0 if plain else 1
+
+
+def deepspeed_config(learner: LearnerConfig, model: ModelConfig, world_size: int) -> dict[str, Any]:
     """Returns DeepSpeed's configuration; `learner.deepspeed` adds to it."""
+    stage = zero_stage_of(learner, model, world_size)
     return {
+        # Micro-batches and ranks are added up in float32, whatever the parameters' dtype.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        # An optimizer that is offloaded stays PyTorch's: DeepSpeed's own needs a compiler.
+        "zero_force_ds_cpu_optimizer": False,
         **learner.deepspeed,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         # Micro-batches vary in number: `step()` ends a step, not a count of backward passes.
         "managed_gradient_accumulation": False,
-        "gradient_clipping": learner.max_grad_norm,
+        # Without ZeRO `apply_update` has the norm already and clips by it.
+        "gradient_clipping": learner.max_grad_norm if stage > 0 else 0.0,
         "bf16": {"enabled": model.dtype == "bfloat16"},
-        "zero_optimization": {**learner.deepspeed.get("zero_optimization", {}), "stage": learner.zero_stage},
+        "zero_optimization": {**learner.deepspeed.get("zero_optimization", {}), "stage": stage},
     }
 
 
@@ -62,71 +80,130 @@ def learning_rate_schedule(optimizer: torch.optim.Optimizer, learner: LearnerCon
     return schedule
 
 
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Returns the trainable parameters as the optimizer's groups: norms and biases, which are vectors, do not decay."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in trainable if p.ndim > 1], [p for p in trainable if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
 def start_engine(model: TokenModel, learner: LearnerConfig, config: ModelConfig, total_updates: int) -> Any:
     """Returns the DeepSpeed engine that owns the model, its AdamW and its learning-rate schedule."""
     if learner.gradient_checkpointing:
         model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=learner.lr,
-        betas=learner.betas,
-        eps=learner.eps,
-        weight_decay=learner.weight_decay,
-        fused=True,
+        parameter_groups(model, learner.weight_decay), lr=learner.lr, betas=learner.betas, eps=learner.eps, fused=True
     )
     schedule = learning_rate_schedule(optimizer, learner, total_updates)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
         lr_scheduler=schedule,
-        config=deepspeed_config(learner, config),
+        config=deepspeed_config(learner, config, dist.get_world_size()),
         dist_init_required=False,
     )
-    if learner.zero_stage == 3:
+    if engine.zero_optimization_stage() == 0:
+        # Reduced in `apply_update`, and not copied for it where there is a single rank.
+        engine.enable_backward_allreduce = False
+    if engine.zero_optimization_stage() == 3:
         # The output layer's weight is read outside its own module's forward.
         deepspeed.zero.register_external_parameter(engine.module, engine.module.model.get_output_embeddings().weight)
     return engine
 
 
-def apply_update(engine: Any) -> bool:
-    """Applies the gradient that has been gathered; returns whether the weights changed. A collective.
+def apply_update(engine: Any, max_grad_norm: float) -> float:
+    """Applies the gradient that has been gathered, clipped; returns its norm before. A collective.
 
-    A gradient that is not finite is discarded: by DeepSpeed, whose ZeRO and bfloat16 optimizers look at its norm, and here where
-    neither is in use.
+    A gradient whose norm is not finite is discarded, and the weights are as before: by DeepSpeed's ZeRO optimizers, and here where
+    none is in use.
     """
-    if engine.zero_optimization_stage() == 0 and not engine.bfloat16_enabled():
-        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all().float()
-        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-        if not finite.item():
-            engine.zero_grad()
-            return False
+    if engine.zero_optimization_stage() > 0:
+        engine.step()
+        return float(engine.get_global_grad_norm()) if engine.was_step_applied() else math.inf
+    if dist.get_world_size() > 1:
+        engine.buffered_allreduce_fallback()
+    parameters = [p for p in engine.module.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    if not norm.isfinite():
+        engine.zero_grad()
+        return math.inf
+    if norm > max_grad_norm:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
     engine.step()
-    return bool(engine.was_step_applied())
+    return norm.item()
+
+
+class UpdateSize:
+    """Measures how much an optimizer changes the weights: ‖Δw‖ / ‖w‖, from every 101st weight of what it updates.
+
+    That is float32 also where the model's parameters are bfloat16, in which a small change may not show.
+    """
+
+    _STRIDE = 101
+
+    def __init__(self, engine: Any) -> None:
+        optimizer = engine.optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
+        self._before: list[torch.Tensor] = []
+        self._sums = torch.zeros(2, dtype=torch.float64, device=device_of())
+        # ZeRO 3 steps a part of the weights at a time.
+        optimizer.register_step_pre_hook(lambda optimizer, *_: self._note(optimizer))
+        optimizer.register_step_post_hook(lambda optimizer, *_: self._compare(optimizer))
+
+    def _sample(self, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.numel()]
+        return [p.detach().flatten()[:: self._STRIDE] for p in parameters]
+
+    def _note(self, optimizer: torch.optim.Optimizer) -> None:
+        self._before = [sample.clone() for sample in self._sample(optimizer)]
+
+    def _compare(self, optimizer: torch.optim.Optimizer) -> None:
+        for before, after in zip(self._before, self._sample(optimizer), strict=True):
+            changed = (after - before).square().sum()
+            self._sums += torch.stack([changed, before.square().sum()]).to(self._sums)
+        self._before = []
+
+    def take(self) -> float:
+        """Returns the ratio of what was updated since this was last asked, of all ranks; 0 where nothing was. A collective."""
+        dist.all_reduce(self._sums)
+        changed, weights = self._sums.tolist()
+        self._sums.zero_()
+        return math.sqrt(changed / weights) if weights else 0.0
 
 
 class EngineWeights(WeightSource):
-    """The engine's parameters under their Hugging Face names; under ZeRO-3, gathered one layer at a time.
+    """The engine's weights under their Hugging Face names, adapters merged; under ZeRO-3, gathered one layer at a time.
 
-    Iterating is a collective among the ranks. Tied parameters come once, as the embedding.
+    Iterating is a collective among the ranks. Tied weights come once, as the embedding.
     """
 
     def __init__(self, engine: Any) -> None:
-        self._parameters = dict(engine.module.model.named_parameters())
+        self._weights = weights_of(engine.module.model)
+        self._trainable = {name: p for name, p in engine.module.model.named_parameters() if p.requires_grad}
         self._gathers = engine.zero_optimization_partition_weights()
 
     def metadata(self) -> list[ParamMeta]:
-        return [
-            ParamMeta(name, p.dtype, tuple(p.ds_shape if self._gathers else p.shape))
-            for name, p in self._parameters.items()
-        ]
+        return [ParamMeta(name, weight.parts[0].dtype, self._shape(weight)) for name, weight in self._weights.items()]
+
+    def _shape(self, weight: Weight) -> tuple[int, ...]:
+        first: Any = weight.parts[0]
+        return tuple(first.ds_shape if self._gathers else first.shape)
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for names in self.groups():
-            parameters = [self._parameters[name] for name in names]
-            with deepspeed.zero.GatheredParameters(parameters, enabled=self._gathers):
-                for name, parameter in zip(names, parameters, strict=True):
-                    yield name, parameter.detach()
+            weights = [self._weights[name] for name in names]
+            with self._whole([part for weight in weights for part in weight.parts]):
+                for name, weight in zip(names, weights, strict=True):
+                    yield name, weight.value()
+
+    def trainable(self) -> dict[str, torch.Tensor]:
+        """Returns copies, on the CPU, of the parameters that are trained, by their names in the model. A collective."""
+        with self._whole(list(self._trainable.values())):
+            return {name: p.detach().cpu().clone() for name, p in self._trainable.items()}
+
+    def _whole(self, parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager[Any]:
+        gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters, enabled=self._gathers)
+        return gathered
 
 
 def device_of() -> torch.device:

@@ -7,6 +7,7 @@ whose loss or gradient is not finite is not applied.
 import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -76,7 +77,14 @@ class DeepSpeedLearner:
         )
         import torch
 
-        from actors.deepspeed_engine import EngineWeights, device_of, init_process_group, interface_of, start_engine
+        from actors.deepspeed_engine import (
+            EngineWeights,
+            UpdateSize,
+            device_of,
+            init_process_group,
+            interface_of,
+            start_engine,
+        )
         from actors.token_model import load_token_model
 
         if (interface := interface_of(self._address)) is not None:
@@ -84,7 +92,7 @@ class DeepSpeedLearner:
         torch.set_num_threads(self._threads)
         torch.manual_seed(self._seed)
         init_process_group(self._config.gpus)
-        model = load_token_model(self._model_config)
+        model = load_token_model(self._model_config, self._config.lora)
         if model.attention == "alone" and self._config.zero_stage == 3 and self._world_size > 1:
             # A forward pass for each sequence gathers the layers each time, and ranks have different numbers of sequences.
             raise ConfigError(
@@ -92,6 +100,7 @@ class DeepSpeedLearner:
             )
         self._engine = start_engine(model, self._config, self._model_config, self._total_updates)
         self._weights = EngineWeights(self._engine)
+        self._update_size = UpdateSize(self._engine)
         self._device = device_of()
 
     def train_step(self, plans: Sequence[RankPlan], *payloads: Any) -> list[UpdateReport]:
@@ -150,13 +159,14 @@ class DeepSpeedLearner:
             "learner/lr": float(self._engine.get_lr()[0]),
             "learner/skipped": 0.0,
         }
-        if not apply_update(self._engine):
+        norm = apply_update(self._engine, self._config.max_grad_norm)
+        if not math.isfinite(norm):
             left_out = {"learner/skipped": 1.0, "tokens/trained": 0.0, "time/train_s": perf_counter() - started}
             return UpdateReport(left_out, False, faulty_groups(plan, token_losses))
         breakdown.merge(sums.breakdown)
-        if (norm := self._engine.get_global_grad_norm()) is not None:
-            metrics["learner/grad_norm"] = float(norm)
-            metrics["learner/clipped_share"] = float(norm > self._config.max_grad_norm)
+        metrics["learner/grad_norm"] = norm
+        metrics["learner/clipped_share"] = float(norm > self._config.max_grad_norm)
+        metrics["learner/update_to_weight"] = self._update_size.take()
         return UpdateReport(metrics | {"time/train_s": perf_counter() - started}, True, ())
 
     def _loss(self, bundles: Sequence[Bundle], payloads: Sequence[Any], old: Any, sums: Any) -> tuple[Any, Any]:
@@ -226,9 +236,16 @@ class DeepSpeedLearner:
         from transformers import AutoTokenizer
 
         state = {name: weight.cpu().clone() for name, weight in self._weights}
-        if self._rank == 0:
-            self._engine.module.model.save_pretrained(folder, state_dict=state)
-            AutoTokenizer.from_pretrained(self._model_config.path).save_pretrained(folder)
+        adapter = self._weights.trainable() if self._config.lora else {}
+        if self._rank > 0:
+            return
+        model = self._engine.module.model
+        model.save_pretrained(folder, state_dict=state)
+        AutoTokenizer.from_pretrained(self._model_config.path).save_pretrained(folder)
+        if adapter:
+            from actors.lora import save_adapter
+
+            save_adapter(model, adapter, Path(folder) / "adapter")
 
     def shutdown(self) -> None:
         if self._publisher is not None:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from actors import tree_attention
 from actors.token_batch import Bundled, TokenBatch, lay_out
-from maspo_ray.config import ModelConfig
+from maspo_ray.config import LoraConfig, ModelConfig
 from maspo_ray.tensor_ops import chunked_logprobs
 
 Attention = Literal["trees", "blocks", "packed", "alone"]
@@ -83,8 +83,12 @@ class TokenModel(torch.nn.Module):
         return hidden
 
 
-def load_token_model(config: ModelConfig) -> TokenModel:
-    """Returns the model of the config in its dtype, on the CPU."""
+def load_token_model(config: ModelConfig, lora: LoraConfig | None = None) -> TokenModel:
+    """Returns the model of the config in its dtype, on the CPU; with `lora`, frozen, with adapters to train.
+
+    Raises:
+        ConfigError: the adapters' targets name nothing that can have one.
+    """
     there = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
     options = {"dtype": getattr(torch, config.dtype), "trust_remote_code": config.trust_remote_code}
     model = AutoModelForCausalLM.from_pretrained(
@@ -96,6 +100,11 @@ def load_token_model(config: ModelConfig) -> TokenModel:
         if model.config._attn_implementation != tree_attention.NAME:
             attention = "packed"
     _remove_dropout(model)
+    if lora is not None:
+        # Imported here: who needs no adapters need not wait for peft.
+        from actors.lora import add_adapters
+
+        add_adapters(model, lora)
     return TokenModel(model, attention)
 
 

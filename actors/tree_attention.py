@@ -32,7 +32,7 @@ def tree_attention(
 ) -> tuple[torch.Tensor, None]:
     """Returns [1, tokens, heads, d]; the signature is transformers'.
 
-    One call of PyTorch's attention for each prompt and each branch. On a CPU this measured faster than branches padded to one batch
+    One call of PyTorch's attention for each prompt with its first branch, and for each further branch. On a CPU this measured faster than branches padded to one batch
     and than one call with a dense mask.
 
     Args:
@@ -45,16 +45,19 @@ def tree_attention(
     repeats = query.shape[1] // key.shape[1]
     # Repeated before the cut: a kernel that takes fewer key-value heads under a mask is not there on every device.
     key, value = (x.repeat_interleave(repeats, dim=1) if repeats > 1 else x for x in (key, value))
-    sizes = [size for tree in trees for size in (tree.prompt_tokens, *tree.branches)]
+    # A prompt and its first branch are one causal sequence: a tree of one branch is one call.
+    trunks = [tree.prompt_tokens + tree.branches[0] for tree in trees]
+    sizes = [size for tree, trunk in zip(trees, trunks, strict=True) for size in (trunk, *tree.branches[1:])]
     # One split has one backward pass; a slice for each part would have a gradient of the whole length each.
     parts = iter(zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True))
     outputs = []
     for tree in trees:
-        prompt_query, prompt_key, prompt_value = next(parts)
+        trunk_query, trunk_key, trunk_value = next(parts)
         outputs.append(
-            F.scaled_dot_product_attention(prompt_query, prompt_key, prompt_value, is_causal=True, scale=scaling)
+            F.scaled_dot_product_attention(trunk_query, trunk_key, trunk_value, is_causal=True, scale=scaling)
         )
-        for size in tree.branches:
+        prompt_key, prompt_value = (x[:, :, : tree.prompt_tokens] for x in (trunk_key, trunk_value))
+        for size in tree.branches[1:]:
             own_query, own_key, own_value = next(parts)
             if size == 0:
                 outputs.append(own_value)

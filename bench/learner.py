@@ -138,11 +138,13 @@ class Bench:
         """Returns forward and backward pass of a plan."""
         from actors.learner_metrics import UpdateSums
 
+        engine = self.learner._engine
+
         def run() -> None:
             sums = UpdateSums(self.learner._device)
             for bundles in plan.micro_batches:
-                self.learner._loss(bundles, payloads, None, sums)[0].backward()
-            self.learner._engine.module.zero_grad()
+                engine.backward(self.learner._loss(bundles, payloads, None, sums)[0], scale_wrt_gas=False)
+            engine.zero_grad()
 
         return run
 

@@ -25,6 +25,7 @@ from maspo_ray.config_sections import (
     JsonlSource,
     LearnerConfig,
     LoggingConfig,
+    LoraConfig,
     ModelConfig,
     ParityStatistic,
     PipelineConfig,
@@ -52,6 +53,7 @@ __all__ = [
     "KLConfig",
     "LearnerConfig",
     "LoggingConfig",
+    "LoraConfig",
     "MaspoConfig",
     "ModelConfig",
     "ObjectiveConfig",
@@ -102,6 +104,11 @@ class RunConfig(Section):
             )
         if self.learner.per_node is None:
             self.check_batch_divides(self.learner.replicas or 1)
+        if self.learner.zero_stage == 0 and self.model.dtype == "bfloat16":
+            raise ValueError(
+                "learner.zero_stage is 0; there gradients of model.dtype bfloat16 would be added up in bfloat16. Set "
+                "learner.zero_stage to 1."
+            )
         longest = self.max_model_tokens
         if self.rollout.max_new_tokens >= longest:
             raise ValueError(

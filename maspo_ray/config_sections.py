@@ -186,6 +186,16 @@ class ReferenceConfig(RoleConfig):
     cpus: float = Field(0.2, ge=0)
 
 
+class LoraConfig(Section):
+    """Adapters that are trained in place of the weights, which stay as they are (arXiv:2106.09685)."""
+
+    rank: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1)
+    """What the adapters add is scaled by alpha / rank."""
+    targets: tuple[str, ...] = Field(("all-linear",), min_length=1)
+    """Names of modules, such as `q_proj`; `all-linear` stands for every linear one but the output layer."""
+
+
 class LearnerConfig(RoleConfig):
     """`replicas` is the number of data-parallel ranks."""
 
@@ -194,11 +204,16 @@ class LearnerConfig(RoleConfig):
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
+    """Of matrices; norms and biases do not decay."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = Field(0, ge=0)
     """Steps in which the learning rate rises to `lr`, whatever the schedule."""
     max_grad_norm: float = Field(1.0, gt=0)
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    zero_stage: int | None = Field(None, ge=0, le=3)
+    """What the ranks shard: nothing (0), optimizer states (1), gradients too (2), parameters too (3). By default 1, and 0 for a
+    single rank in float32, where nothing is sharded and it is the fastest."""
+    lora: LoraConfig | None = None
+    """Train adapters alone. Rollout actors receive the merged weights; a saved model is merged, with the adapter in `adapter/`."""
     max_tokens_per_micro_batch: int = Field(16384, ge=1)
     """Upper bound of a micro-batch's prompt and completion tokens."""
     updates_per_batch: int = Field(1, ge=1)
@@ -242,6 +257,14 @@ class LearnerConfig(RoleConfig):
                 f"{', '.join(owned)} follow from the learner and model sections. Remove from learner.deepspeed"
             )
         return value
+
+    @model_validator(mode="after")
+    def _zero_is_on(self) -> Self:
+        if self.zero_stage == 0 and "zero_optimization" in self.deepspeed:
+            raise ValueError(
+                "zero_stage is 0; learner.deepspeed has a zero_optimization, which is without effect there. Set zero_stage to 1."
+            )
+        return self
 
 
 class PipelineConfig(Section):

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from maspo_ray.config import DataConfig, JsonlSource, ModelConfig, RunConfig
+from safetensors import safe_open
+
+from maspo_ray.config import DataConfig, JsonlSource, LoraConfig, ModelConfig, RunConfig
 from maspo_ray.data_sources import read_rows
 from maspo_ray.errors import ConfigError
 
@@ -34,6 +36,7 @@ def preflight(config: RunConfig, resume: bool) -> None:
     """
     checks: list[Callable[[], None]] = [
         lambda: check_model(config.model, "cuda" if config.rollout.gpus > 0 else "cpu"),
+        lambda: check_lora(config.learner.lora, config.model),
         lambda: check_data(config.data),
         lambda: check_run_dir(config, resume),
     ]
@@ -118,6 +121,40 @@ def _head_size(tree: dict[str, Any]) -> int | None:
         if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
             return hidden // heads
     return None
+
+
+def check_lora(lora: LoraConfig | None, model: ModelConfig) -> None:
+    """Checks that each target names modules in the layers of a local model; for others peft says so at set-up.
+
+    Raises:
+        ConfigError: one does not.
+    """
+    if lora is None or "all-linear" in lora.targets or is_hub_id(model.path):
+        return
+    # Such as self_attn.q_proj, of model.layers.0.self_attn.q_proj.weight.
+    places = {
+        name.removesuffix(".weight")
+        for name in _weight_names(Path(model.path))
+        if re.search(r"\.\d+\..*\.weight$", name)
+    }
+    unknown = [t for t in lora.targets if not any(place == t or place.endswith(f".{t}") for place in places)]
+    if unknown and places:
+        there = sorted({place.rpartition(".")[2] for place in places if "norm" not in place})
+        raise ConfigError(
+            f"learner.lora.targets is {list(lora.targets)}; no module in the layers of {model.path} is called "
+            f"{' or '.join(unknown)}. Name some of {', '.join(there)}, or set all-linear."
+        )
+
+
+def _weight_names(folder: Path) -> list[str]:
+    """Returns the names of a model's weights, none where they are not kept as safetensors."""
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        return list(json.loads(index.read_text())["weight_map"])
+    if whole.is_file():
+        with safe_open(whole, "np") as weights:
+            return list(weights.keys())
+    return []
 
 
 def check_data(data: DataConfig) -> None:

@@ -124,8 +124,10 @@ class _ChunkedLogprobs(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, log_norm = ctx.saved_tensors
         grad_logprobs = gradients[0] / ctx.temperature
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        grad_bias = None if bias is None else torch.zeros_like(bias)
+        grad_hidden = torch.empty_like(hidden)
+        # A frozen output embedding, as beside adapters, needs none.
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
         for start in range(0, len(targets), ctx.chunk_tokens):
             part = slice(start, start + ctx.chunk_tokens)
             # ∂ log π(target) / ∂ logits = (1[target] − π) / temperature
@@ -134,7 +136,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
             grad_logits.scatter_add_(1, targets[part, None], grad_logprobs[part, None])
             grad_logits = grad_logits.to(weight.dtype)
             grad_hidden[part] = grad_logits @ weight
-            grad_weight.addmm_(grad_logits.T, hidden[part])
+            if grad_weight is not None:
+                grad_weight.addmm_(grad_logits.T, hidden[part])
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(dim=0)
         return grad_hidden, grad_weight, grad_bias, None, None, None

@@ -78,18 +78,30 @@ def test_worker_extension_is_where_the_arguments_say() -> None:
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize(("dtype", "bf16"), [("float32", False), ("bfloat16", True)])
-def test_deepspeed_config_follows_from_the_sections(dtype: Any, bf16: bool) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "zero_stage", "ranks", "stage"),
+    [
+        ("float32", 2, 1, 2),
+        # With nothing to shard and the weights in float32 as they are, ZeRO would only copy.
+        ("float32", None, 1, 0),
+        ("float32", None, 2, 1),
+        ("bfloat16", None, 1, 1),
+    ],
+)
+def test_deepspeed_config_follows_from_the_sections(dtype: Any, zero_stage: Any, ranks: int, stage: int) -> None:
     from actors.deepspeed_engine import deepspeed_config
 
     model = ModelConfig(path="org/model", dtype=dtype)
-    assert deepspeed_config(LearnerConfig(max_grad_norm=0.5, zero_stage=2), model) == {
+    assert deepspeed_config(LearnerConfig(max_grad_norm=0.5, zero_stage=zero_stage), model, ranks) == {
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_force_ds_cpu_optimizer": False,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
-        "gradient_clipping": 0.5,
-        "bf16": {"enabled": bf16},
-        "zero_optimization": {"stage": 2},
+        "gradient_clipping": 0.5 if stage else 0.0,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "zero_optimization": {"stage": stage},
     }
 
 
@@ -98,7 +110,7 @@ def test_deepspeed_config_of_the_user_is_added_and_leaves_the_stage() -> None:
     from actors.deepspeed_engine import deepspeed_config
 
     added = {"zero_optimization": {"overlap_comm": True}, "wall_clock_breakdown": True}
-    config = deepspeed_config(LearnerConfig(zero_stage=3, deepspeed=added), MODEL)
+    config = deepspeed_config(LearnerConfig(zero_stage=3, deepspeed=added), MODEL, 2)
     assert config["zero_optimization"] == {"overlap_comm": True, "stage": 3}
     assert config["wall_clock_breakdown"] is True
     # The config is frozen; what it holds must not be written into.
@@ -107,23 +119,48 @@ def test_deepspeed_config_of_the_user_is_added_and_leaves_the_stage() -> None:
 
 @pytest.mark.engine
 def test_deepspeed_config_is_understood_by_deepspeed_as_it_is_meant() -> None:
+    import torch
     from deepspeed.runtime.config import DeepSpeedConfig
 
     from actors.deepspeed_engine import deepspeed_config
 
     learner = LearnerConfig(max_grad_norm=0.25, zero_stage=3, deepspeed={"zero_optimization": {"overlap_comm": False}})
-    read = DeepSpeedConfig(deepspeed_config(learner, ModelConfig(path="org/model", dtype="bfloat16")))
+    read = DeepSpeedConfig(deepspeed_config(learner, ModelConfig(path="org/model", dtype="bfloat16"), 1))
     assert (read.zero_optimization_stage, read.gradient_clipping) == (3, 0.25)
     assert (read.bfloat16_config.enabled, read.gradient_accumulation_steps) == (True, 1)
     assert read.zero_config.overlap_comm is False
+    assert (read.grad_accum_dtype, read.communication_data_type) == ("fp32", torch.float32)
 
 
 @pytest.mark.engine
 def test_deepspeed_config_overrides_only_what_a_user_is_refused() -> None:
     from actors.deepspeed_engine import deepspeed_config
 
-    own = deepspeed_config(LearnerConfig(), MODEL).keys()
-    assert own - LearnerConfig.owned_deepspeed_keys == {"zero_optimization"}
+    own = deepspeed_config(LearnerConfig(), MODEL, 1).keys()
+    given: dict[str, Any] = dict.fromkeys(own - LearnerConfig.owned_deepspeed_keys, "the user's")
+    given["zero_optimization"] = {}
+    config = deepspeed_config(LearnerConfig(deepspeed=given), MODEL, 1)
+    assert {name for name in given if config[name] != given[name]} == {"zero_optimization"}
+    # What says how ZeRO is to work turns it on.
+    assert config["zero_optimization"] == {"stage": 1}
+
+
+@pytest.mark.engine
+def test_norms_and_biases_do_not_decay_and_frozen_weights_are_in_no_group() -> None:
+    import torch
+
+    from actors.deepspeed_engine import parameter_groups
+
+    model = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 3))
+    embedding, scale, shift, matrix, bias = model.parameters()
+    decaying, others = parameter_groups(model, 0.1)
+    assert decaying["weight_decay"] == 0.1 and others["weight_decay"] == 0.0
+    assert [id(p) for p in decaying["params"]] == [id(embedding), id(matrix)]
+    assert [id(p) for p in others["params"]] == [id(scale), id(shift), id(bias)]
+    for frozen in (scale, shift, bias, embedding):
+        frozen.requires_grad_(False)
+    [only] = parameter_groups(model, 0.1)
+    assert [id(p) for p in only["params"]] == [id(matrix)]
 
 
 @pytest.mark.engine

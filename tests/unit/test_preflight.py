@@ -6,13 +6,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from maspo_ray.config import DataConfig, JsonlSource, ModelConfig, ReasoningGymSource, RunConfig
+from maspo_ray.config import DataConfig, JsonlSource, LoraConfig, ModelConfig, ReasoningGymSource, RunConfig
 from maspo_ray.errors import ConfigError
 from maspo_ray.preflight import (
     CPU_HEAD_SIZES,
     check_data,
+    check_lora,
     check_model,
     check_run_dir,
     has_fast_bfloat16,
@@ -151,6 +154,63 @@ def test_model_config_that_is_no_json_object_is_refused(tmp_path: Path, content:
 def test_cpu_head_sizes_are_those_of_the_installed_engine() -> None:
     cpu_attention = pytest.importorskip("vllm.v1.attention.backends.cpu_attn")
     assert list(CPU_HEAD_SIZES) == cpu_attention.CPUAttentionBackend.get_supported_head_sizes()
+
+
+# The adapters' targets.
+
+WEIGHTS = (
+    "model.embed_tokens",
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.0.mlp.up_proj",
+    "model.norm",
+    "lm_head",
+)
+
+
+def _with_weights(folder: Path, indexed: bool) -> ModelConfig:
+    model = _model(folder, LLAMA)
+    names = [f"{place}.weight" for place in WEIGHTS]
+    if indexed:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, "a")}))
+    else:
+        save_file({name: np.zeros(1, np.float32) for name in names}, folder / "model.safetensors")
+    return model
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize(
+    ("targets", "unknown"),
+    [
+        (("query",), "query"),
+        (("q_proj", "proj"), "proj"),
+        (("lm_head", "embed_tokens"), "lm_head or embed_tokens"),
+    ],
+)
+def test_lora_targets_that_name_no_module_are_told_what_there_is(
+    tmp_path: Path, targets: tuple[str, ...], unknown: str, indexed: bool
+) -> None:
+    model = _with_weights(tmp_path / "model", indexed)
+    with pytest.raises(ConfigError) as caught:
+        check_lora(LoraConfig(targets=targets), model)
+    assert str(caught.value) == (
+        f"learner.lora.targets is {list(targets)}; no module in the layers of {model.path} is called {unknown}. "
+        "Name some of q_proj, up_proj, or set all-linear."
+    )
+
+
+@pytest.mark.parametrize("targets", [("all-linear",), ("q_proj", "mlp.up_proj"), ("model.layers.0.mlp.up_proj",)])
+def test_lora_targets_that_name_modules_pass(tmp_path: Path, targets: Any) -> None:
+    check_lora(LoraConfig(targets=targets), _with_weights(tmp_path / "model", indexed=False))
+
+
+def test_lora_targets_are_left_to_set_up_where_the_weights_are_not_there(tmp_path: Path) -> None:
+    check_lora(LoraConfig(targets=("query",)), _model(tmp_path / "model", LLAMA))
+
+
+def test_preflight_looks_at_the_adapters_targets(tmp_path: Path) -> None:
+    _with_weights(tmp_path / "model", indexed=False)
+    with pytest.raises(ConfigError, match="learner.lora.targets is"):
+        preflight(_config(tmp_path, learner={"lora": {"targets": ["query"]}}), resume=False)
 
 
 # The data.
