@@ -46,10 +46,17 @@ class UpdateSums:
         self._sums[name] = self._sums.get(name, self._zero) + masked_sum(values.detach(), mask)
 
     def add_objective(
-        self, policy: PolicyLoss, old_logprobs: Tensor, advantages: Tensor, lags: Tensor, mask: Tensor
+        self,
+        policy: PolicyLoss,
+        old_logprobs: Tensor,
+        entropy: Tensor,
+        advantages: Tensor,
+        lags: Tensor,
+        mask: Tensor,
     ) -> None:
         """Adds what the objective did to a micro-batch; each argument is [tokens]."""
-        self.breakdown.add(policy, old_logprobs, advantages, lags, mask)
+        self.breakdown.add(policy, old_logprobs, entropy, advantages, lags, mask)
+        self.add("entropy", entropy, mask)
         sums = objective_sums(policy, advantages, mask)
         self._ratio_max = torch.maximum(self._ratio_max, sums["ratio_max"])
         for name in filter(_SHARES.__contains__, sums):

@@ -176,14 +176,14 @@ def objective_share(batch: Any, step: Callable[[], object], repeats: int) -> Rat
     from maspo_ray.tensor_ops import masked_sum
 
     tokens = sum(r.facts.num_tokens for e in batch.experiences for r in e.group.rollouts)
-    old, advantages = torch.randn(tokens) - 8, torch.randn(tokens)
+    old, entropy, advantages = torch.randn(tokens) - 8, torch.rand(tokens), torch.randn(tokens)
     mask, lags = torch.ones(tokens, dtype=torch.bool), torch.zeros(tokens, dtype=torch.int64)
     leaf = (old + 0.1 * torch.randn(tokens)).requires_grad_()
 
     def objective() -> None:
         policy = policy_loss(leaf, old, advantages, MaspoConfig())
         sums = UpdateSums(leaf.device)
-        sums.add_objective(policy, old, advantages, lags, mask)
+        sums.add_objective(policy, old, entropy, advantages, lags, mask)
         masked_sum(policy.token_loss, mask).backward()
 
     return ratio(objective, step, repeats)

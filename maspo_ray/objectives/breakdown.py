@@ -30,34 +30,37 @@ class Breakdown:
 
     Attributes:
         table: [labels, statistics] float64.
-        histogram: [bins] float64, tokens by log ρ.
+        histogram: [lags, bins] float64, tokens by log ρ.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.table = torch.zeros(len(_LABELS), 8, dtype=torch.float64, device=device)
-        self.histogram = torch.zeros(2 * _HALF_BINS, dtype=torch.float64, device=device)
+        self.table = torch.zeros(len(_LABELS), 9, dtype=torch.float64, device=device)
+        self.histogram = torch.zeros(_MAX_LAG + 1, 2 * _HALF_BINS, dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def add(self, loss: PolicyLoss, old_logprobs: Tensor, advantages: Tensor, lags: Tensor, mask: Tensor) -> None:
+    def add(
+        self, loss: PolicyLoss, old_logprobs: Tensor, entropy: Tensor, advantages: Tensor, lags: Tensor, mask: Tensor
+    ) -> None:
         """Adds a micro-batch; every argument is [tokens].
 
         Args:
+            entropy: of the current policy where it met the token.
             lags: int64, weight versions between what sampled the token and what is updated.
             mask: bool, which tokens count.
         """
         gate, ratio = loss.gate, loss.ratio
         counts = mask.double()
         clipped = ~within_clip(ratio, advantages, REFERENCE_CLIP, REFERENCE_CLIP)
-        rows = [counts, gate, gate < 0.9, gate < 0.5, gate < 0.1, clipped, ratio, ratio.square()]
+        rows = [counts, gate, gate < 0.9, gate < 0.5, gate < 0.1, clipped, entropy, ratio, ratio.square()]
         statistics = torch.stack([torch.where(mask, row, 0).double() for row in rows], dim=1)
         probability = (old_logprobs.exp() * 10).long().clamp(0, 9) + _PROBABILITIES
-        lag = lags.clamp(0, _MAX_LAG) + _LAGS
+        lag = lags.clamp(0, _MAX_LAG)
         # A token without an advantage has no gradient, whatever its gate: it is in neither row of the signs.
         signed = statistics * (advantages != 0).unsqueeze(1)
-        for label, values in (((advantages > 0).long(), signed), (probability, statistics), (lag, statistics)):
+        for label, values in (((advantages > 0).long(), signed), (probability, statistics), (lag + _LAGS, statistics)):
             self.table.index_add_(0, label, values)
         bins = (ratio.log() / _BIN_WIDTH).floor().long().clamp(-_HALF_BINS, _HALF_BINS - 1) + _HALF_BINS
-        self.histogram.index_add_(0, bins, counts)
+        self.histogram.view(-1).index_add_(0, lag * 2 * _HALF_BINS + bins, counts)
 
     def merge(self, other: "Breakdown") -> None:
         """Adds what another has gathered."""
@@ -67,33 +70,38 @@ class Breakdown:
     def metrics(self) -> dict[str, float]:
         """Returns means by label, of labels that have tokens, and the quantiles of ρ.
 
-        objective/gate_mean/…, objective/gate_below_0.9/… (0.5, 0.1), objective/clip_0.2_share/… for every label; for each lag also
-        objective/token_share/…, objective/ratio_mean/… and objective/effective_sample_share/…, (Σ ρ)² / (n Σ ρ²), which is also
-        given over all. The last lag stands for all that are larger. objective/ratio_p01, p10, p50, p90, p99 are quantiles of the
-        ratio's histogram, exact to 1 %; beyond e^±2 they read e^±2.
+        objective/gate_mean/…, objective/gate_below_0.9/… (0.5, 0.1), objective/clip_0.2_share/…, objective/entropy/… for every label;
+        for each lag also objective/token_share/…, objective/ratio_mean/…, objective/effective_sample_share/…, (Σ ρ)² / (n Σ ρ²), and
+        objective/ratio_p01/… (p10, p50, p90, p99), quantiles of the ratio's histogram, exact to 1 %; beyond e^±2 they read e^±2. The
+        effective sample share and the quantiles are given over all lags too. The last lag stands for all that are larger.
         """
         table = dict(zip(_LABELS, self.table.tolist(), strict=True))
         lags = [row for label, row in table.items() if label.startswith("lag_")]
         total = [sum(column) for column in zip(*lags, strict=True)]
-        found = {"objective/effective_sample_share": total[6] ** 2 / (total[0] * total[7])} if total[0] else {}
-        for label, (tokens, gate, *below, clipped, ratio, squares) in table.items():
+        if not total[0]:
+            return {}
+        found = {"objective/effective_sample_share": total[7] ** 2 / (total[0] * total[8])}
+        found |= _quantiles(self.histogram.sum(0), "")
+        for label, (tokens, gate, *below, clipped, entropy, ratio, squares) in table.items():
             if not tokens:
                 continue
             found[f"objective/gate_mean/{label}"] = gate / tokens
             for bound, count in zip((0.9, 0.5, 0.1), below, strict=True):
                 found[f"objective/gate_below_{bound}/{label}"] = count / tokens
             found[f"objective/clip_{REFERENCE_CLIP}_share/{label}"] = clipped / tokens
+            found[f"objective/entropy/{label}"] = entropy / tokens
             if label.startswith("lag_"):
                 found[f"objective/token_share/{label}"] = tokens / total[0]
                 found[f"objective/ratio_mean/{label}"] = ratio / tokens
                 found[f"objective/effective_sample_share/{label}"] = ratio**2 / (tokens * squares)
-        return found | self._quantiles()
+                found |= _quantiles(self.histogram[int(label.removeprefix("lag_"))], f"/{label}")
+        return found
 
-    def _quantiles(self) -> dict[str, float]:
-        reached = self.histogram.cumsum(0)
-        if not reached[-1]:
-            return {}
-        wanted = torch.tensor(QUANTILES, dtype=torch.float64, device=reached.device) * reached[-1]
-        bins = torch.searchsorted(reached, wanted)
-        values = ((bins - _HALF_BINS + 0.5) * _BIN_WIDTH).exp().tolist()
-        return {f"objective/ratio_p{round(100 * q):02d}": value for q, value in zip(QUANTILES, values, strict=True)}
+
+def _quantiles(histogram: Tensor, suffix: str) -> dict[str, float]:
+    """Returns the quantiles of a histogram, [bins], that is not empty."""
+    reached = histogram.cumsum(0)
+    wanted = torch.tensor(QUANTILES, dtype=torch.float64, device=reached.device) * reached[-1]
+    bins = torch.searchsorted(reached, wanted)
+    values = ((bins - _HALF_BINS + 0.5) * _BIN_WIDTH).exp().tolist()
+    return {f"objective/ratio_p{round(100 * q):02d}{suffix}": value for q, value in zip(QUANTILES, values, strict=True)}
