@@ -5,11 +5,15 @@
 rl_overhead            a whole step, optimizer included / plain transformers' forward and backward of the same sequences, with
                        logits of the completions alone
 utilisation            the step's model FLOP/s / the matrix product's, measured in the same run
-ragged_speedup         rows padded to the longest of the batch / packed, completions of log-normal length
+ragged_speedup         rows padded to the longest of the batch / packed; 4 groups of 8, 40-token prompts, completions of log-normal
+                       length, of mean 64 and at most 512 tokens; no prompt is shared
 shared_prompt_speedup  a copy of the prompt for each completion / one for the group; 40 and 24 tokens, groups of 8
-shared_at_prompt_share_X  the same where the prompt makes up a share X of a sequence, without the optimizer: below 1 it does not pay
+shared_at_prompt_share_X  the same where the prompt makes up a share X of a sequence, without the optimizer
+shared_break_even      the share of prompt tokens where that crosses 1, between those tried; 0 if it paid at all of them
 objective_share        the objective, its metrics and its backward pass / the step without the optimizer
 logits_memory, _time   chunked log-probs and entropy / the plain form (`bench.logits`)
+trl_speedup            loss and backward pass of TRL's GRPOTrainer, in the fastest of some micro-batches / ours, on the ragged groups; if
+                       TRL is installed (`bench.trl_side`). Both compute GRPO's loss, and their gradients are compared
 
 Each ratio is of two things timed in turn; its median is printed with the least and the most.
 """
@@ -20,6 +24,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
@@ -60,6 +65,7 @@ class Bench:
         from actors.deepspeed_learner import DeepSpeedLearner
         from maspo_ray.config import KLConfig, LearnerConfig, MaspoConfig, ModelConfig
 
+        self.model_path = model
         self.repeats = repeats
         self.dtype = getattr(torch, dtype)
         self.learner = DeepSpeedLearner(
@@ -135,18 +141,41 @@ class Bench:
         return run
 
     def without_optimizer(self, plan: Any, payloads: Sequence[Any]) -> Callable[[], object]:
-        """Returns forward and backward pass of a plan."""
+        """Returns forward and backward pass of a plan; the gradient stays until the next."""
         from actors.learner_metrics import UpdateSums
 
         engine = self.learner._engine
 
         def run() -> None:
+            engine.zero_grad()
             sums = UpdateSums(self.learner._device)
             for bundles in plan.micro_batches:
-                engine.backward(self.learner._loss(bundles, payloads, None, sums)[0], scale_wrt_gas=False)
-            engine.zero_grad()
+                loss, _ = self.learner._loss(bundles, payloads, None, sums)
+                engine.backward(loss / plan.batch_tokens, scale_wrt_gas=False)
 
         return run
+
+    def trl_speedup(self, batch: Any) -> Ratio:
+        """Returns TRL's time / ours for the same loss of the same rollouts.
+
+        Raises:
+            AssertionError: the gradients are not the same.
+        """
+        from bench.trl_side import TrlSide
+        from maspo_ray.config import GrpoConfig
+
+        trl = TrlSide(self.model_path, self.dtype, batch)
+        times = {rows: seconds(trl.step(rows)) for rows in (2, 4, 8)}
+        fastest = min(times, key=times.__getitem__)
+        print(f"TRL's fastest micro-batch: {fastest} rows of {times}", flush=True)
+        objective, self.learner._objective = self.learner._objective, GrpoConfig()
+        found = ratio(trl.step(fastest), self.without_optimizer(*batch.plan(1024, True)), self.repeats)
+        self.learner._objective = objective
+        theirs, ours = trl.gradient(), self.learner._engine.module.model.get_input_embeddings().weight.grad
+        distance = float((ours - theirs).norm() / theirs.norm())
+        print(f"relative distance of the two gradients: {distance:.1e}", flush=True)
+        assert self.dtype.itemsize < 4 or distance < 1e-4, "the two sides do not compute the same loss"
+        return found
 
     def flops(self, batch: Any, share: bool) -> float:
         """Returns FLOP of forward and backward pass: what is recomputed does not count."""
@@ -189,8 +218,22 @@ def objective_share(batch: Any, step: Callable[[], object], repeats: int) -> Rat
     return ratio(objective, step, repeats)
 
 
+def break_even(speedups: Sequence[tuple[float, float]]) -> float:
+    """Returns the prompt share where the speed-up comes to 1, on a line between the two around it; 0 if it was never below.
+
+    Args:
+        speedups: (share, speed-up), by rising share.
+    """
+    crossing = 0.0
+    for (x0, y0), (x1, y1) in pairwise(speedups):
+        if y0 < 1 <= y1:
+            crossing = x0 + (1 - y0) / (y1 - y0) * (x1 - x0)
+    return crossing if speedups[-1][1] >= 1 else 1.0
+
+
 def measure(bench: Bench) -> dict[str, Ratio]:
     """Returns each ratio."""
+    from bench import trl_side
     from bench.synthetic import lognormal_lengths
 
     found: dict[str, Ratio] = {}
@@ -205,15 +248,20 @@ def measure(bench: Bench) -> dict[str, Ratio]:
     shared = bench.step(groups, 1024, share=True)
     found["shared_prompt_speedup"] = ratio(whole, shared, bench.repeats)
     found["objective_share"] = objective_share(groups, bench.without_optimizer(*groups.plan(1024, True)), bench.repeats)
-    ragged = bench.batch(40, [lognormal_lengths(8, 64, 512, seed) for seed in range(2)])
+    ragged = bench.batch(40, [lognormal_lengths(8, 64, 512, seed) for seed in range(4)])
     found["ragged_speedup"] = ratio(
         bench.padded_step(ragged, 1024), bench.without_optimizer(*ragged.plan(1024, False)), bench.repeats
     )
+    points = []
     for prompt_tokens in (1, 3, 10):
         groups = bench.batch(prompt_tokens, [[24] * 8] * 2)
         alone, together = (bench.without_optimizer(*groups.plan(1024, share)) for share in (False, True))
         share_of_tokens = prompt_tokens / (prompt_tokens + 24)
-        found[f"shared_at_prompt_share_{share_of_tokens:.2f}"] = ratio(alone, together, bench.repeats)
+        speedup = found[f"shared_at_prompt_share_{share_of_tokens:.2f}"] = ratio(alone, together, bench.repeats)
+        points.append((share_of_tokens, speedup[0]))
+    found["shared_break_even"] = (break_even(points),) * 3
+    if trl_side.is_there():
+        found["trl_speedup"] = bench.trl_speedup(ragged)
     return found
 
 

@@ -1,9 +1,10 @@
 """Made-up experiences of given lengths, for benches that need a batch and no engine."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from maspo_ray.experience import Completion, CompletionFacts, Experience, Group, Prompt, Rollout, Verdict, VersionSpan
 from maspo_ray.packing import RankPlan, pack
@@ -52,10 +53,13 @@ class SyntheticBatch:
         [((plan,), references)] = pack(self.experiences, 1, max_tokens, share_prompts)
         return plan, [self._payloads[reference] for reference in references]
 
-    def sequences(self) -> list[np.ndarray[Any, np.dtype[np.int32]]]:
+    def rollouts(self) -> Iterator[tuple[NDArray[np.int32], Completion, float]]:
+        """Yields prompt ids, completion and advantage of each rollout."""
+        for g, experience in enumerate(self.experiences):
+            prompt, completions = self._payloads[f"prompt {g}"], self._payloads[f"completions {g}"]
+            for completion, advantage in zip(completions, experience.advantages, strict=True):
+                yield prompt.token_ids, completion, advantage
+
+    def sequences(self) -> list[NDArray[np.int32]]:
         """Returns each prompt with each of its completions."""
-        return [
-            np.concatenate([self._payloads[f"prompt {g}"].token_ids, completion.token_ids])
-            for g in range(len(self.experiences))
-            for completion in self._payloads[f"completions {g}"]
-        ]
+        return [np.concatenate([prompt, completion.token_ids]) for prompt, completion, _ in self.rollouts()]
