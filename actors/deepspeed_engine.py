@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
-from actors.lora import Weight, weights_of
+from actors.lora import Weight, adapters_of, weights_of
 from actors.token_model import TokenModel
 from maspo_ray.config import LearnerConfig, ModelConfig
 
@@ -179,7 +179,7 @@ class EngineWeights(WeightSource):
 
     def __init__(self, engine: Any) -> None:
         self._weights = weights_of(engine.module.model)
-        self._trainable = {name: p for name, p in engine.module.model.named_parameters() if p.requires_grad}
+        self._adapters = adapters_of(engine.module.model)
         self._gathers = engine.zero_optimization_partition_weights()
 
     def metadata(self) -> list[ParamMeta]:
@@ -196,10 +196,15 @@ class EngineWeights(WeightSource):
                 for name, weight in zip(names, weights, strict=True):
                     yield name, weight.value()
 
-    def trainable(self) -> dict[str, torch.Tensor]:
-        """Returns copies, on the CPU, of the parameters that are trained, by their names in the model. A collective."""
-        with self._whole(list(self._trainable.values())):
-            return {name: p.detach().cpu().clone() for name, p in self._trainable.items()}
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Returns copies on the CPU of the weights and of the adapters' own, these by their names in the model; both empty on
+        every rank but the first. A collective."""
+        keeps = dist.get_rank() == 0
+        if not keeps and not self._gathers:
+            return {}, {}
+        weights = {name: weight.to("cpu", copy=True) for name, weight in self if keeps}
+        with self._whole(list(self._adapters.values())):
+            return weights, {name: p.detach().to("cpu", copy=True) for name, p in self._adapters.items() if keeps}
 
     def _whole(self, parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager[Any]:
         gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters, enabled=self._gathers)

@@ -234,17 +234,16 @@ class DeepSpeedLearner:
     def save(self, folder: str) -> None:
         from transformers import AutoTokenizer
 
-        state = {name: weight.cpu().clone() for name, weight in self._weights}
-        adapter = self._weights.trainable() if self._config.lora else {}
+        state, adapters = self._weights.state()
         if self._rank > 0:
             return
         model = self._engine.module.model
         model.save_pretrained(folder, state_dict=state)
         AutoTokenizer.from_pretrained(self._model_config.path).save_pretrained(folder)
-        if adapter:
+        if adapters:
             from actors.lora import save_adapter
 
-            save_adapter(model, adapter, Path(folder) / "adapter")
+            save_adapter(model, adapters, Path(folder) / "adapter")
 
     def shutdown(self) -> None:
         if self._publisher is not None:

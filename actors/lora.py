@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import TaskType, get_peft_model_state_dict, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear, LoraLayer
 from safetensors.torch import save_file
 from torch.nn import Parameter
 from transformers import PreTrainedModel
@@ -40,42 +40,66 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig) -> None:
     """Freezes the model's parameters and puts adapters beside the weights that the config names, in place.
 
     Raises:
-        ConfigError: the targets name nothing that can have an adapter, or the embeddings, whose weights are read as they are.
+        ConfigError: a target names nothing, or what is no linear module of the layers, whose adapters are not merged here.
     """
-    targets = "all-linear" if "all-linear" in lora.targets else list(lora.targets)
+    where = f"learner.lora.targets is {list(lora.targets)}"
+    remedy = "Name linear modules of the layers, such as q_proj"
+    everything = lora.targets == ("all-linear",)
     config = PeftLoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=lora.rank,
         lora_alpha=lora.alpha,
-        target_modules=targets,
+        target_modules="all-linear" if everything else list(lora.targets),
         base_model_name_or_path=model.name_or_path,
     )
     try:
         # Marks the adapters alone as trainable.
         inject_adapter_in_model(config, model, adapter_name=_ADAPTER)
     except ValueError as error:
-        raise ConfigError(f"learner.lora.targets is {targets}; {error}") from None
-    if any(isinstance(m, LoraLayer) for m in (model.get_input_embeddings(), model.get_output_embeddings())):
+        raise ConfigError(f"{where}; {error} {remedy}.") from None
+    adapted = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    missed = (
+        [] if everything else [t for t in lora.targets if not any(f".{name}".endswith(f".{t}") for name in adapted)]
+    )
+    if missed:
+        raise ConfigError(f"{where}; no module is called {' or '.join(missed)}. {remedy}.")
+    unfit = [name for name in adapted if not _can_merge(model, name)]
+    if unfit:
         raise ConfigError(
-            f"learner.lora.targets is {targets}; the embeddings cannot have adapters. Name modules of the layers alone."
+            f"{where}; {', '.join(unfit[:3])} cannot have an adapter that is merged for the engines. {remedy}."
         )
+
+
+def _can_merge(model: PreTrainedModel, name: str) -> bool:
+    module = model.get_submodule(name)
+    return isinstance(module, Linear) and module is not model.get_output_embeddings()
 
 
 def weights_of(model: PreTrainedModel) -> dict[str, Weight]:
     """Returns the model's weights under their Hugging Face names, adapters merged in; tied ones once, as the embedding."""
-    adapted = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    adapted = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
     found: dict[str, Weight] = {}
     for name, parameter in model.named_parameters():
         path, _, leaf = name.rpartition(".")
-        layer = adapted.get(path.removesuffix(".base_layer"))
-        if layer is None:
-            if not any(path.startswith(f"{other}.") for other in adapted):
-                found[name] = Weight((parameter,), parameter.detach)
-        elif leaf == "weight":
-            found[f"{path.removesuffix('.base_layer')}.weight"] = _merged(parameter, layer)
-        else:
-            found[f"{path.removesuffix('.base_layer')}.{leaf}"] = Weight((parameter,), parameter.detach)
+        place = path.removesuffix(".base_layer")
+        if any(place.startswith(f"{other}.") for other in adapted):
+            # The adapters themselves.
+            continue
+        merges = place in adapted and leaf == "weight"
+        found[f"{place}.{leaf}"] = (
+            _merged(parameter, adapted[place]) if merges else Weight((parameter,), parameter.detach)
+        )
     return found
+
+
+def adapters_of(model: PreTrainedModel) -> dict[str, Parameter]:
+    """Returns the adapters' own parameters by their names in the model; none where it has no adapters."""
+    paths = [name for name, module in model.named_modules() if isinstance(module, Linear)]
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and any(name.startswith(f"{path}.") for path in paths)
+    }
 
 
 def _merged(base: Parameter, layer: Any) -> Weight:
@@ -92,11 +116,12 @@ def save_adapter(model: PreTrainedModel, state: Mapping[str, torch.Tensor], fold
     """Writes what `peft.PeftModel.from_pretrained` reads.
 
     Args:
-        state: the trainable parameters by their names in the model, whole.
+        state: the adapters' parameters by their names in the model, whole.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model.peft_config[_ADAPTER].save_pretrained(folder)
-    named = get_peft_model_state_dict(model, state_dict=dict(state), adapter_name=_ADAPTER)
+    # No embedding has an adapter; "auto" would ask the hub about it.
+    named = get_peft_model_state_dict(model, dict(state), adapter_name=_ADAPTER, save_embedding_layers=False)
     # As a PeftModel around the model names them.
     save_file(
         {f"base_model.model.{name}": tensor for name, tensor in named.items()}, folder / "adapter_model.safetensors"

@@ -32,8 +32,8 @@ def tree_attention(
 ) -> tuple[torch.Tensor, None]:
     """Returns [1, tokens, heads, d]; the signature is transformers'.
 
-    One call of PyTorch's attention for each prompt with its first branch, and for each further branch. On a CPU this measured faster than branches padded to one batch
-    and than one call with a dense mask.
+    One call of PyTorch's attention for each prompt with its first branch, and one for each further branch. On a CPU this measured faster
+    than branches padded to one batch and than one call with a dense mask.
 
     Args:
         query: [1, heads, tokens, d]; key and value: [1, key-value heads, tokens, d].

@@ -43,6 +43,8 @@ def engine_arguments(model: ModelConfig, rollout: RolloutConfig, max_model_token
         arguments["worker_extension_cls"] = "maspo_ray.weight_sync.gloo_engine.GlooWorkerExtension"
         arguments["kv_cache_memory_bytes"] = int(rollout.kv_cache_gib * 2**30)
         arguments["enforce_eager"] = True
+        # vLLM's CPU default is 128: the samples of a prompt share whole blocks of it, and most prompts here are shorter.
+        arguments["block_size"] = 32
     return {**arguments, **rollout.engine}
 
 
@@ -54,6 +56,16 @@ def cpu_environment(threads: int) -> dict[str, str]:
         "OMP_NUM_THREADS": str(threads),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
+
+
+def spans_since(version: int, stamps: Sequence[Any]) -> tuple[VersionSpan, ...]:
+    """Returns the spans of a completion from the engine's stamps.
+
+    The first begins at the version that the request was given to the engine at: where an update came before its prompt was computed,
+    blocks of the prompt can be from there, which the engine's stamp of the first token does not say.
+    """
+    spans = [VersionSpan(int(stamp.version), stamp.start, stamp.end) for stamp in stamps]
+    return (VersionSpan(min(version, spans[0].version), spans[0].start, spans[0].end), *spans[1:])
 
 
 class VLLMRollout:
@@ -69,6 +81,10 @@ class VLLMRollout:
         self._seed = seed
         self._version = 0
         self._num_requests = 0
+        # Clear while weights change.
+        self._steady = asyncio.Event()
+        # What waits for a place waits here, where no version is fixed for it yet, and not in the engine.
+        self._places = asyncio.Semaphore(rollout.max_concurrent_requests)
 
     async def setup(self) -> None:
         os.environ.update({"TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1"})
@@ -82,6 +98,7 @@ class VLLMRollout:
         transfer = WeightTransferConfig(**arguments.pop("weight_transfer_config"))
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments, weight_transfer_config=transfer))
         await self._engine.update_weight_version(str(self._version))
+        self._steady.set()
 
     async def generate(
         self, prompt: Prompt, *, temperature: float, max_new_tokens: int, seeds: Sequence[int | None]
@@ -109,7 +126,10 @@ class VLLMRollout:
             logprobs=0,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        output = (await self._run(prompt.token_ids, parameters)).outputs[0]
+        async with self._places:
+            await self._steady.wait()
+            salted = self._version
+            output = (await self._run(prompt.token_ids, parameters, salted)).outputs[0]
         # Missing would otherwise read as log-prob 0, which is probability 1.
         assert output.logprobs is not None and len(output.logprobs) == len(output.token_ids), "a token has no log-prob"
         assert output.weight_versions, "the engine stamped no weight version"
@@ -119,17 +139,20 @@ class VLLMRollout:
                 [entry[token].logprob for entry, token in zip(output.logprobs, output.token_ids, strict=True)],
                 dtype=np.float32,
             ),
-            spans=tuple(VersionSpan(int(s.version), s.start, s.end) for s in output.weight_versions),
+            spans=spans_since(salted, output.weight_versions),
             finish_reason=str(output.finish_reason),
             text=output.text,
         )
 
-    async def _run(self, token_ids: NDArray[np.int32], parameters: Any) -> Any:
+    async def _run(self, token_ids: NDArray[np.int32], parameters: Any, version: int) -> Any:
+        """Returns the last output of a request whose prompt shares cached blocks with those of the same version alone.
+
+        What runs through an update keeps its blocks, computed under the weights before.
+        """
         from vllm.inputs import TokensPrompt
 
         self._num_requests += 1
-        # The salt keeps a block that was computed under other weights out of this request's prefix.
-        inputs = TokensPrompt(prompt_token_ids=token_ids.tolist(), cache_salt=f"v{self._version}")
+        inputs = TokensPrompt(prompt_token_ids=token_ids.tolist(), cache_salt=f"v{version}")
         outputs = [output async for output in self._engine.generate(inputs, parameters, str(self._num_requests))]
         assert outputs and outputs[-1].finished, "the engine ended a request without its last output"
         return outputs[-1]
@@ -140,7 +163,9 @@ class VLLMRollout:
         await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
 
     async def start_weight_update(self) -> None:
-        await self._engine.pause_generation(mode="keep", clear_cache=True)
+        self._steady.clear()
+        # Clearing the cache would take the blocks of what is running too, and compute them all again.
+        await self._engine.pause_generation(mode="keep", clear_cache=False)
         await self._engine.start_weight_update()
 
     async def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -152,6 +177,7 @@ class VLLMRollout:
         await self._engine.finish_weight_update(weight_version=str(weight_version))
         self._version = weight_version
         await self._engine.resume_generation()
+        self._steady.set()
 
     async def shutdown(self) -> None:
         self._engine.shutdown()

@@ -193,7 +193,14 @@ class LoraConfig(Section):
     alpha: int = Field(32, ge=1)
     """What the adapters add is scaled by alpha / rank."""
     targets: tuple[str, ...] = Field(("all-linear",), min_length=1)
-    """Names of modules, such as `q_proj`; `all-linear` stands for every linear one but the output layer."""
+    """Names of modules, such as `q_proj`; `all-linear` alone stands for every linear one but the output layer."""
+
+    @field_validator("targets")
+    @classmethod
+    def _all_or_some(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if "all-linear" in value and len(value) > 1:
+            raise ValueError("all-linear stands for every linear module. Name it alone, or remove it")
+        return value
 
 
 class LearnerConfig(RoleConfig):

@@ -26,6 +26,7 @@ from maspo_ray.prompts import PromptStream
 from maspo_ray.rollout_pool import RolloutPool
 from maspo_ray.run_folder import RunFolder
 from maspo_ray.run_record import RunRecord
+from maspo_ray.seeds import sampling_seeds
 from maspo_ray.staleness import StalenessGate
 from maspo_ray.update_watch import UpdateWatch
 
@@ -91,15 +92,16 @@ class Pipeline:
     async def _produce(self, tasks: asyncio.TaskGroup) -> None:
         while True:
             while self._gate.capacity() > 0:
-                prompt = self._prompts.next()
+                epoch, prompt = self._prompts.epoch, self._prompts.next()
                 group_id, self._num_groups = self._num_groups, self._num_groups + 1
                 version = self._gate.admit()
                 self._ledger.submit(group_id, prompt.prompt_id, version)
-                tasks.create_task(self._run_group(group_id, prompt, version))
+                seeds = sampling_seeds(self._config.seed, prompt.prompt_id, epoch, self._config.rollout.group_size)
+                tasks.create_task(self._run_group(group_id, prompt, version, seeds))
             self._admission.clear()
             await self._admission.wait()
 
-    async def _run_group(self, group_id: int, prompt: Prompt, version: int) -> None:
+    async def _run_group(self, group_id: int, prompt: Prompt, version: int, seeds: list[int]) -> None:
         rollout = self._config.rollout
         reference = ray.put(prompt)
         rollouts = await self._pool.sample(
@@ -107,7 +109,7 @@ class Pipeline:
             len(prompt.token_ids),
             temperature=rollout.temperature,
             max_new_tokens=rollout.max_new_tokens,
-            seeds=[None] * rollout.group_size,
+            seeds=seeds,
         )
         group = Group(group_id, prompt.prompt_id, reference, len(prompt.token_ids), version, rollouts)
         self._measure(group)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from maspo_ray.config import DataConfig, JsonlSource, LoraConfig, ModelConfig, RunConfig
 from maspo_ray.data_sources import read_rows
@@ -124,7 +124,7 @@ def _head_size(tree: dict[str, Any]) -> int | None:
 
 
 def check_lora(lora: LoraConfig | None, model: ModelConfig) -> None:
-    """Checks that each target names modules in the layers of a local model; for others peft says so at set-up.
+    """Checks that each target names modules in the layers of a local model; for others the learner says so at set-up.
 
     Raises:
         ConfigError: one does not.
@@ -149,11 +149,16 @@ def check_lora(lora: LoraConfig | None, model: ModelConfig) -> None:
 def _weight_names(folder: Path) -> list[str]:
     """Returns the names of a model's weights, none where they are not kept as safetensors."""
     index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        return list(json.loads(index.read_text())["weight_map"])
-    if whole.is_file():
-        with safe_open(whole, "np") as weights:
-            return list(weights.keys())
+    try:
+        if index.is_file():
+            return list(json.loads(index.read_text())["weight_map"])
+        if whole.is_file():
+            with safe_open(whole, "np") as weights:
+                return list(weights.keys())
+    except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"model.path is {folder}; its weights cannot be read ({error}). Download them again."
+        ) from None
     return []
 
 

@@ -21,6 +21,12 @@ _LABELS = (
 _PROBABILITIES, _LAGS = 2, 12
 """Where the rows of a table that are by probability begin, and those that are by lag."""
 
+_STATISTICS = (
+    *("tokens", "gate", "gate_below_0.9", "gate_below_0.5", "gate_below_0.1"),
+    *("clipped", "entropy", "ratio", "ratio_squared"),
+)
+"""The columns of a table, each a sum over tokens."""
+
 _BIN_WIDTH, _HALF_BINS = 0.01, 200
 QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
 
@@ -34,7 +40,7 @@ class Breakdown:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.table = torch.zeros(len(_LABELS), 9, dtype=torch.float64, device=device)
+        self.table = torch.zeros(len(_LABELS), len(_STATISTICS), dtype=torch.float64, device=device)
         self.histogram = torch.zeros(_MAX_LAG + 1, 2 * _HALF_BINS, dtype=torch.float64, device=device)
 
     @torch.no_grad()
@@ -75,27 +81,32 @@ class Breakdown:
         objective/ratio_p01/… (p10, p50, p90, p99), quantiles of the ratio's histogram, exact to 1 %; beyond e^±2 they read e^±2. The
         effective sample share and the quantiles are given over all lags too. The last lag stands for all that are larger.
         """
-        table = dict(zip(_LABELS, self.table.tolist(), strict=True))
-        lags = [row for label, row in table.items() if label.startswith("lag_")]
-        total = [sum(column) for column in zip(*lags, strict=True)]
-        if not total[0]:
+        rows = {
+            label: dict(zip(_STATISTICS, row, strict=True))
+            for label, row in zip(_LABELS, self.table.tolist(), strict=True)
+            if row[0]
+        }
+        total = dict(zip(_STATISTICS, self.table[_LAGS:].sum(0).tolist(), strict=True))
+        if not total["tokens"]:
             return {}
-        found = {"objective/effective_sample_share": total[7] ** 2 / (total[0] * total[8])}
-        found |= _quantiles(self.histogram.sum(0), "")
-        for label, (tokens, gate, *below, clipped, entropy, ratio, squares) in table.items():
-            if not tokens:
-                continue
-            found[f"objective/gate_mean/{label}"] = gate / tokens
-            for bound, count in zip((0.9, 0.5, 0.1), below, strict=True):
-                found[f"objective/gate_below_{bound}/{label}"] = count / tokens
-            found[f"objective/clip_{REFERENCE_CLIP}_share/{label}"] = clipped / tokens
-            found[f"objective/entropy/{label}"] = entropy / tokens
+        found = {"objective/effective_sample_share": _effective_share(total)} | _quantiles(self.histogram.sum(0), "")
+        for label, row in rows.items():
+            mean = {name: value / row["tokens"] for name, value in row.items()}
+            found[f"objective/gate_mean/{label}"] = mean["gate"]
+            for bound in (0.9, 0.5, 0.1):
+                found[f"objective/gate_below_{bound}/{label}"] = mean[f"gate_below_{bound}"]
+            found[f"objective/clip_{REFERENCE_CLIP}_share/{label}"] = mean["clipped"]
+            found[f"objective/entropy/{label}"] = mean["entropy"]
             if label.startswith("lag_"):
-                found[f"objective/token_share/{label}"] = tokens / total[0]
-                found[f"objective/ratio_mean/{label}"] = ratio / tokens
-                found[f"objective/effective_sample_share/{label}"] = ratio**2 / (tokens * squares)
+                found[f"objective/token_share/{label}"] = row["tokens"] / total["tokens"]
+                found[f"objective/ratio_mean/{label}"] = mean["ratio"]
+                found[f"objective/effective_sample_share/{label}"] = _effective_share(row)
                 found |= _quantiles(self.histogram[int(label.removeprefix("lag_"))], f"/{label}")
         return found
+
+
+def _effective_share(row: dict[str, float]) -> float:
+    return row["ratio"] ** 2 / (row["tokens"] * row["ratio_squared"])
 
 
 def _quantiles(histogram: Tensor, suffix: str) -> dict[str, float]:

@@ -198,24 +198,28 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
             dtype_names=[str(m.dtype).removeprefix("torch.") for m in meta],
             shapes=[list(m.shape) for m in meta],
         )
+        # Packed while the engines still generate: their pause is for the transfer alone, at the price of a copy of the weights.
+        buffers = self._packed(meta)
         self.client.start_weight_update()
-        _together(lambda: self.client.update_weights(asdict(info)), lambda: self._broadcast(meta))
+        _together(lambda: self.client.update_weights(asdict(info)), lambda: self._broadcast(buffers))
         self.client.finish_weight_update()
 
-    def _broadcast(self, meta: list[ParamMeta]) -> None:
-        assert self._group is not None and self.source is not None
+    def _packed(self, meta: list[ParamMeta]) -> list[torch.Tensor]:
+        """Returns the buckets, filled. Where the source gathers, the other ranks take part."""
+        assert self.source is not None
         weights = iter(self.source)
-        sending: tuple[torch.Tensor, Any] | None = None
+        buffers = []
         for bucket in cut_buckets(((m.name, m.dtype, m.shape) for m in meta), self._bucket_bytes):
-            buffer = torch.empty(bucket.num_bytes, dtype=torch.uint8)
-            _fill(bucket, buffer, weights)
-            if sending is not None:
-                sending[1].wait()
-            sending = (buffer, _start_broadcast(self._group, buffer))
-        if sending is not None:
-            sending[1].wait()
+            buffers.append(torch.empty(bucket.num_bytes, dtype=torch.uint8))
+            _fill(bucket, buffers[-1], weights)
         # A source that gathers is a collective: run it to its end, as the other ranks do.
         assert next(weights, None) is None, "the source yields more than its metadata declares"
+        return buffers
+
+    def _broadcast(self, buffers: list[torch.Tensor]) -> None:
+        assert self._group is not None
+        for work in [_start_broadcast(self._group, buffer) for buffer in buffers]:
+            work.wait()
 
     def shutdown(self) -> None:
         self._group = None

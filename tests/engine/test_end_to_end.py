@@ -16,8 +16,14 @@ import yaml
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.engine, pytest.mark.ray]
 
-# What a random model earns often enough that groups have a signal, and a reward that never works.
-REWARDS = """
+# What a random model earns often enough that groups have a signal, a reward that never works, and a learner whose first update
+# meets a NaN.
+PLUGINS = """
+from dataclasses import replace
+
+from actors.deepspeed_learner import DeepSpeedLearner
+
+
 class EvenReward:
     async def score(self, prompt, completions):
         return [float(sum(completion.token_ids) % 2 == 0) for completion in completions]
@@ -26,6 +32,15 @@ class EvenReward:
 class FailingReward:
     def score(self, prompt, completions):
         raise ValueError("the verifier is out of order")
+
+
+class PoisonedLearner(DeepSpeedLearner):
+    def train_step(self, plans, *payloads):
+        if self._version == 0:
+            at, i = plans[0].micro_batches[0][0].items[0].completion
+            completion = payloads[at][i]
+            payloads[at][i] = replace(completion, logprobs=completion.logprobs * float("nan"))
+        return super().train_step(plans, *payloads)
 """
 
 
@@ -42,7 +57,7 @@ def _config(folder: Path, model: str, **sections: dict[str, object]) -> Path:
             "max_prompt_tokens": 8,
         },
         "rollout": {"group_size": 4, "max_new_tokens": 4, "kv_cache_gib": 0.06},
-        "reward": {"actor": "my_rewards:EvenReward"},
+        "reward": {"actor": "my_plugins:EvenReward"},
         "reference": {"cpus": 0.1},
         "learner": {"cpus": 0.8, "lr": 1e-3},
         "kl": {"coef": 0.01},
@@ -51,7 +66,7 @@ def _config(folder: Path, model: str, **sections: dict[str, object]) -> Path:
     }
     for name, section in sections.items():
         tree[name] = {**tree.get(name, {}), **section}
-    (folder / "my_rewards.py").write_text(REWARDS)
+    (folder / "my_plugins.py").write_text(PLUGINS)
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump({**tree, "run_dir": str(folder / "run")}))
     return path
@@ -130,8 +145,11 @@ def test_train_runs_all_four_actors_and_leaves_a_whole_run_folder(tiny_model: st
     assert run.left() == []
 
 
-def test_train_interrupted_stops_within_15_s_and_says_what_was_saved(tiny_model: str, tmp_path: Path) -> None:
-    run = _Run(_config(tmp_path, tiny_model, pipeline={"steps": 10_000}, checkpoint={"every": 1}))
+def test_train_of_adapters_interrupted_stops_within_15_s_and_says_what_was_saved(
+    tiny_model: str, tmp_path: Path
+) -> None:
+    sections = {"pipeline": {"steps": 10_000}, "checkpoint": {"every": 1}, "learner": {"lora": {"rank": 4}}}
+    run = _Run(_config(tmp_path, tiny_model, **sections))
     metrics = tmp_path / "run" / "metrics.jsonl"
     run.wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2, timeout_s=200)
     # As a terminal does it: to every process of the group.
@@ -143,6 +161,11 @@ def test_train_interrupted_stops_within_15_s_and_says_what_was_saved(tiny_model:
     assert "Run interrupted after" in out
     assert "metrics.jsonl" in out
     assert "checkpoints/step_" in out
+    # The engines sampled from the merged weights, and those had moved: parity would have ended the run otherwise.
+    rows = _rows(metrics)
+    assert all(row["parity/max"] < 1e-3 and row["learner/update_to_weight"] > 0 for row in rows)
+    saved = {path.name for path in (tmp_path / "run" / "checkpoints" / "step_000001").rglob("*.safetensors")}
+    assert saved == {"model.safetensors", "adapter_model.safetensors"}
     assert "Traceback" not in err
     ledger = _rows(tmp_path / "run" / "ledger.jsonl")
     counts = json.loads((tmp_path / "run" / "summary.json").read_text())["groups"]
@@ -153,7 +176,7 @@ def test_train_interrupted_stops_within_15_s_and_says_what_was_saved(tiny_model:
 
 
 def test_train_reward_that_raises_stops_the_run_with_the_first_cause(tiny_model: str, tmp_path: Path) -> None:
-    run = _Run(_config(tmp_path, tiny_model, reward={"actor": "my_rewards:FailingReward"}))
+    run = _Run(_config(tmp_path, tiny_model, reward={"actor": "my_plugins:FailingReward"}))
     code, _, err = run.finish(timeout_s=250)
     assert code == 1
     [line] = [line for line in err.splitlines() if line.startswith("error: ")]
@@ -163,3 +186,21 @@ def test_train_reward_that_raises_stops_the_run_with_the_first_cause(tiny_model:
     ledger = _rows(tmp_path / "run" / "ledger.jsonl")
     assert {row["outcome"] for row in ledger} <= {"failed"}
     assert run.left() == []
+
+
+def test_train_ends_the_groups_of_an_update_that_was_left_out_as_failed_and_goes_on(
+    tiny_model: str, tmp_path: Path
+) -> None:
+    learner = {"actor": "my_plugins:PoisonedLearner", "updates_per_batch": 2}
+    run = _Run(_config(tmp_path, tiny_model, learner=learner, pipeline={"steps": 2}, eval={"every": 0}))
+    code, _, err = run.finish(timeout_s=250)
+    assert code == 0, err
+    metrics, ledger = (_rows(tmp_path / "run" / f"{name}.jsonl") for name in ("metrics", "ledger"))
+    assert [row["learner/skipped"] for row in metrics] == [1, 0]
+    # Two updates of two groups a step; the first of the first step did not take place.
+    failed = [row for row in ledger if row.get("cause") == "its update was left out"]
+    assert len(failed) == 2
+    assert [row["outcome"] for row in ledger].count("trained") == 6
+    assert sum(row["step"] == 1 for row in ledger) == 2
+    said = [f"an update of step 1 was left out: the loss of group {row['group_id']} is not finite" for row in failed]
+    assert any(line in err for line in said)

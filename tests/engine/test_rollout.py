@@ -57,11 +57,14 @@ def _prompt(*ids: int) -> Prompt:
     return Prompt("test/0", "", np.array(ids, dtype=np.int32), "")
 
 
-def _sample(engine: Any, prompt: Prompt, n: int, max_new_tokens: int) -> list[Completion]:
-    stream = engine.generate.options(num_returns="streaming").remote(
-        prompt, temperature=TEMPERATURE, max_new_tokens=max_new_tokens, seeds=list(range(n))
+def _start(engine: Any, prompt: Prompt, max_new_tokens: int, seeds: list[int]) -> Any:
+    return engine.generate.options(num_returns="streaming").remote(
+        prompt, temperature=TEMPERATURE, max_new_tokens=max_new_tokens, seeds=seeds
     )
-    objects = [ray.get(reference) for reference in stream]
+
+
+def _sample(engine: Any, prompt: Prompt, n: int, max_new_tokens: int) -> list[Completion]:
+    objects = [ray.get(reference) for reference in _start(engine, prompt, max_new_tokens, list(range(n)))]
     facts = [fact for batch in objects[1::2] for fact in batch]
     completions = [completion for batch in objects[0::2] for completion in batch]
     assert [fact.num_tokens for fact in facts] == [len(completion.token_ids) for completion in completions]
@@ -102,9 +105,7 @@ def test_publish_new_weights_reach_a_tied_output_layer(engine: Any, trainer: Pre
     assert trainer.config.tie_word_embeddings
     prompt = _prompt(5, 9, 13)
     before = _sample(engine, prompt, n=4, max_new_tokens=8)
-    with torch.no_grad():
-        for parameter in trainer.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
+    _perturb(trainer)
     assert min(_distance(trainer, prompt, completion) for completion in before) > 0.1
     publisher.publish(7)
     for completion in _sample(engine, prompt, n=4, max_new_tokens=8):
@@ -114,6 +115,83 @@ def test_publish_new_weights_reach_a_tied_output_layer(engine: Any, trainer: Pre
         ]
 
 
+def _perturb(model: PreTrainedModel) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+
+
+def test_publish_blocks_of_the_weights_before_are_not_served_again(
+    engine: Any, trainer: PreTrainedModel, publisher: Any
+) -> None:
+    """Without a salt by version the prompt's first block, of 32 tokens, would be that of the first weights."""
+    prompt = _prompt(*range(3, 43))
+    for version in (8, 9):
+        _perturb(trainer)
+        publisher.publish(version)
+        for completion in _sample(engine, prompt, n=4, max_new_tokens=8):
+            assert _distance(trainer, prompt, completion) < 1e-3
+
+
+def test_publish_requests_that_come_meanwhile_begin_at_the_new_version(
+    engine: Any, trainer: PreTrainedModel, publisher: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = _prompt(*range(3, 43))
+    _sample(engine, prompt, n=1, max_new_tokens=1)
+    streams = []
+    receive = publisher._client.update_weights
+
+    def receive_and_start(update_info: Any) -> None:
+        # The engine is paused here.
+        streams.append(_start(engine, prompt, 8, [0]))
+        receive(update_info)
+
+    monkeypatch.setattr(publisher._client, "update_weights", receive_and_start)
+    _perturb(trainer)
+    publisher.publish(12)
+    [[completion]] = [ray.get(next(iter(stream))) for stream in streams]
+    assert [span.version for span in completion.spans] == [12]
+    assert _distance(trainer, prompt, completion) < 1e-3
+
+
+def test_publish_keeps_what_running_requests_have_computed(
+    engine: Any, trainer: PreTrainedModel, publisher: Any
+) -> None:
+    """What comes after an update is of the new weights over the old cache: not what computing all of it again would give."""
+    prompt = _prompt(*range(3, 8))
+    streams = [_start(engine, prompt, 56, [i]) for i in range(24)]
+    # Once this one is through, those before it have begun.
+    _sample(engine, prompt, n=1, max_new_tokens=1)
+    _perturb(trainer)
+    publisher.publish(13)
+    completions = [ray.get(next(iter(stream)))[0] for stream in streams]
+    through = [completion for completion in completions if len(completion.spans) == 2]
+    assert through
+    for completion in through:
+        assert completion.spans[1].version == 13
+        ids = np.concatenate([prompt.token_ids, completion.token_ids])
+        again = _logprobs(trainer, ids, TEMPERATURE)[len(prompt.token_ids) - 1 :]
+        after = slice(completion.spans[1].start, None)
+        assert np.abs(again[after] - completion.logprobs[after]).max() > 1e-2
+
+
+def test_requests_beyond_the_engines_places_wait_for_the_version_that_they_begin_at(
+    engine: Any, trainer: PreTrainedModel, publisher: Any
+) -> None:
+    """The engine has 32 places; those behind them must share no block of the prompt that was computed before the update."""
+    prompt = _prompt(*range(3, 43))
+    stream = iter(_start(engine, prompt, 20, list(range(96))))
+    first = ray.get(next(stream))
+    _perturb(trainer)
+    publisher.publish(14)
+    rest = [ray.get(reference) for reference in stream]
+    completions = [completion for batch in [first, *rest[1::2]] for completion in batch]
+    assert len(completions) == 96
+    begun_after = [c for c in completions if c.spans[0].version == 14]
+    assert begun_after and len(begun_after) < len(completions)
+    assert max(_distance(trainer, prompt, completion) for completion in begun_after) < 1e-3
+
+
 def test_publish_with_requests_in_flight_keeps_them_and_stamps_each_version(engine: Any, publisher: Any) -> None:
     streams = [
         engine.generate.options(num_returns="streaming").remote(
@@ -121,13 +199,13 @@ def test_publish_with_requests_in_flight_keeps_them_and_stamps_each_version(engi
         )
         for i in range(24)
     ]
-    for version in range(8, 14):
+    for version in range(15, 21):
         publisher.publish(version)
     completions = [ray.get(next(iter(stream)))[0] for stream in streams]
     for completion in completions:
         spans = completion.spans
         assert [span.version for span in spans] == sorted({span.version for span in spans})
-        assert all(7 <= span.version <= 13 for span in spans)
+        assert all(14 <= span.version <= 20 for span in spans)
         assert [span.start for span in spans] == [0, *(span.end for span in spans[:-1])]
         assert spans[-1].end == len(completion.token_ids) == len(completion.logprobs)
         assert np.isfinite(completion.logprobs).all()

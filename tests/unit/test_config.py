@@ -217,6 +217,7 @@ def test_batch_with_ranks_per_node_is_left_to_the_plan(tmp_path: Path) -> None:
         ({"learner.zero_stage": 0}, "learner.zero_stage is 0; there gradients of model.dtype bfloat16 would be added up in bfloat16. Set learner.zero_stage to 1."),
         ({"learner.lora": {"rank": 0}}, "learner.lora.rank is 0; input should be greater than or equal to 1."),
         ({"learner.lora": {"targets": []}}, "learner.lora.targets is []; tuple should have at least 1 item after validation, not 0."),
+        ({"learner.lora": {"targets": ["all-linear", "lm_head"]}}, "learner.lora.targets is ['all-linear', 'lm_head']; all-linear stands for every linear module. Name it alone, or remove it."),
         ({"learner.max_tokens_per_micro_batch": 15}, "learner.max_tokens_per_micro_batch is 15; one sequence may have 16 tokens. Set it to at least 16."),
         ({"rollout.max_model_tokens": 8}, "rollout.max_new_tokens is 8; it must leave room for a prompt within rollout.max_model_tokens (8). Lower it."),
         ({"data.chat_template": False, "data.system_prompt": "x"}, "data.system_prompt is set; it needs data.chat_template."),

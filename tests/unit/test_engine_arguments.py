@@ -1,11 +1,12 @@
 """What the engines are started with: the config's values under the engines' own names, and what a user may add to them."""
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from actors.vllm_rollout import cpu_environment, engine_arguments
+from actors.vllm_rollout import cpu_environment, engine_arguments, spans_since
 from maspo_ray.config import LearnerConfig, ModelConfig, RolloutConfig
 
 MODEL = ModelConfig(path="org/model", dtype="float32", trust_remote_code=True)
@@ -31,13 +32,16 @@ def test_engine_arguments_on_cpu() -> None:
         "worker_extension_cls": "maspo_ray.weight_sync.gloo_engine.GlooWorkerExtension",
         "kv_cache_memory_bytes": 268435456,  # 0.25 · 2^30
         "enforce_eager": True,
+        "block_size": 32,
     }
 
 
 def test_engine_arguments_on_gpu_leave_the_cpu_engines_out() -> None:
     cpu, gpu = _arguments(RolloutConfig()), _arguments(RolloutConfig(gpus=1))
     assert gpu.keys() - cpu.keys() == {"tensor_parallel_size"}
-    assert cpu.keys() - gpu.keys() == {"worker_extension_cls", "kv_cache_memory_bytes", "enforce_eager"}
+    assert cpu.keys() - gpu.keys() == {
+        *("worker_extension_cls", "kv_cache_memory_bytes", "enforce_eager", "block_size")
+    }
     assert gpu["weight_transfer_config"] == {"backend": "nccl"}
 
 
@@ -192,3 +196,20 @@ def test_learning_rate_rises_in_the_warm_up_and_is_never_zero(
         optimizer.step()
         rates.step()
     assert seen == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("submitted", "stamps", "expected"),
+    [
+        (3, [(3, 0, 5)], [(3, 0, 5)]),
+        (3, [(3, 0, 2), (4, 2, 5)], [(3, 0, 2), (4, 2, 5)]),
+        # An update came between the engine's taking it and its first token.
+        (3, [(4, 0, 5)], [(3, 0, 5)]),
+        (3, [(4, 0, 2), (5, 2, 5)], [(3, 0, 2), (5, 2, 5)]),
+    ],
+)
+def test_spans_begin_at_the_version_that_a_request_was_submitted_at(
+    submitted: int, stamps: list[tuple[int, int, int]], expected: list[tuple[int, int, int]]
+) -> None:
+    engines = [SimpleNamespace(version=str(version), start=start, end=end) for version, start, end in stamps]
+    assert [(s.version, s.start, s.end) for s in spans_since(submitted, engines)] == expected

@@ -35,6 +35,7 @@ FLOORS = [
     "maspo_ray.objectives.metrics",
     "maspo_ray.objectives.breakdown",
     "maspo_ray.objectives",
+    "maspo_ray.seeds",
     "maspo_ray.staleness",
     "maspo_ray.update_watch",
     "maspo_ray.ledger",

@@ -203,6 +203,15 @@ def test_lora_targets_that_name_modules_pass(tmp_path: Path, targets: Any) -> No
     check_lora(LoraConfig(targets=targets), _with_weights(tmp_path / "model", indexed=False))
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+def test_lora_targets_in_weights_that_are_no_file_of_weights_are_one_line(tmp_path: Path, name: str) -> None:
+    model = _model(tmp_path / "model", LLAMA)
+    (tmp_path / "model" / name).write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ConfigError, match="its weights cannot be read .* Download them again.") as caught:
+        check_lora(LoraConfig(targets=("q_proj",)), model)
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_lora_targets_are_left_to_set_up_where_the_weights_are_not_there(tmp_path: Path) -> None:
     check_lora(LoraConfig(targets=("query",)), _model(tmp_path / "model", LLAMA))
 

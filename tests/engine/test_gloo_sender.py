@@ -1,0 +1,78 @@
+"""The Gloo sender's order of events, with a transfer group of two in this process and no engine."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+
+from maspo_ray.weight_sync.gloo_engine import (
+    GlooTrainerInitInfo,
+    GlooTrainerWeightTransferEngine,
+    GlooUpdateInfo,
+    _start_broadcast,
+    join_group,
+)
+from maspo_ray.weight_sync.publisher import free_port
+
+pytestmark = pytest.mark.engine
+BUCKET_BYTES = 64
+
+
+class _Source(WeightSource):
+    def __init__(self, weights: dict[str, torch.Tensor], events: list[str]) -> None:
+        self._weights = weights
+        self._events = events
+
+    def metadata(self) -> list[ParamMeta]:
+        return [ParamMeta(name, weight.dtype, tuple(weight.shape)) for name, weight in self._weights.items()]
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from self._weights.items()
+        self._events.append("packed")
+
+
+class _Client:
+    """What a rollout actor does, in this process."""
+
+    num_workers = 1
+
+    def __init__(self, events: list[str]) -> None:
+        self._events = events
+        self.received: dict[str, torch.Tensor] = {}
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._group = join_group(init_info["master_address"], init_info["master_port"], 1, 2, 10.0)
+
+    def start_weight_update(self) -> None:
+        self._events.append("paused")
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        for bucket in GlooUpdateInfo(**update_info).buckets(BUCKET_BYTES):
+            buffer = torch.empty(bucket.num_bytes, dtype=torch.uint8)
+            _start_broadcast(self._group, buffer).wait()
+            self.received |= dict(bucket.views(buffer))
+
+    def finish_weight_update(self) -> None:
+        self._events.append("resumed")
+
+
+def test_sender_packs_before_the_engines_pause_and_sends_what_the_source_has() -> None:
+    events: list[str] = []
+    weights = {"a": torch.randn(3, 4), "b": torch.randn(5).bfloat16(), "c": torch.randn(20)}
+    client = _Client(events)
+    info = GlooTrainerInitInfo(
+        master_address="127.0.0.1",
+        master_port=free_port(),
+        world_size=2,
+        timeout_s=10.0,
+        rank=0,
+        bucket_bytes=BUCKET_BYTES,
+    )
+    sender = GlooTrainerWeightTransferEngine.trainer_init(info, client=client, source=_Source(weights, events))
+    for _ in range(2):
+        weights["a"] += 1
+        sender.send_weights()
+        assert all(torch.equal(client.received[name], weight) for name, weight in weights.items())
+    assert events == ["packed", "paused", "resumed"] * 2
