@@ -240,7 +240,8 @@ def measure(bench: Bench) -> dict[str, Ratio]:
     from bench.synthetic import lognormal_lengths
 
     found: dict[str, Ratio] = {}
-    groups = bench.batch(40, [[24] * 8] * 4)
+    # A step of examples/smollm2/run.yaml.
+    groups = bench.batch(40, [[24] * 8] * 8)
     whole = bench.step(groups, 1024, share=False)
     found["rl_overhead"] = ratio(whole, bench.plain_step(groups, rows=16), bench.repeats)
     peak = matmul_flops(bench.dtype)
