@@ -333,3 +333,5 @@ class LoggingConfig(Section):
     progress: Literal["auto", "plain", "off"] = "auto"
     """`auto` is a live display on a terminal and plain lines elsewhere."""
     curves: bool = True
+    timeline: bool = True
+    """Write RUN_DIR/timeline.json, which chrome://tracing and ui.perfetto.dev show."""

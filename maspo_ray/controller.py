@@ -28,6 +28,7 @@ from maspo_ray.rollout_pool import ErrorWatch, RolloutPool
 from maspo_ray.run_folder import RunFolder
 from maspo_ray.run_record import RunRecord
 from maspo_ray.summary import RunSummary
+from maspo_ray.timeline import Timeline
 
 
 def train(config: RunConfig, resume: bool = False) -> RunSummary:
@@ -56,6 +57,7 @@ class _Session:
         self._config = config
         self._folder = RunFolder(config)
         self._record = RunRecord(config)
+        self._timeline = Timeline(self._folder.write_trace)
         self._errors = ErrorWatch(config.reward.max_error_rate)
         self._fleet = Fleet(config, classes, plan, reservation)
         self._pipeline: Pipeline | None = None
@@ -78,10 +80,11 @@ class _Session:
     async def _work(self, progress: Progress) -> None:
         config = self._config
         progress.note("starting the actors")
-        (train_prompts, eval_prompts), _ = await asyncio.gather(
-            asyncio.to_thread(self._prompts), self._fleet.setup(progress.note)
-        )
-        pool = RolloutPool(self._fleet.of_role("rollout"), self._fleet.of_role("reward"), self._errors)
+        with self._timeline.span("learner", "set-up"):
+            (train_prompts, eval_prompts), _ = await asyncio.gather(
+                asyncio.to_thread(self._prompts), self._fleet.setup(progress.note)
+            )
+        pool = RolloutPool(self._fleet.of_role("rollout"), self._fleet.of_role("reward"), self._errors, self._timeline)
         probes = train_prompts[: config.pipeline.parity_prompts]
         parity = ParityCheck(self._fleet, probes, config.rollout, *config.parity_bound)
         self._pipeline = Pipeline(
@@ -94,10 +97,12 @@ class _Session:
             self._folder,
             progress,
             self._record,
+            self._timeline,
         )
         await self._pipeline.run()
         if config.checkpoint.save_final:
-            await self._fleet.learners("save", str(self._folder.final.resolve()))
+            with self._timeline.span("learner", "save"):
+                await self._fleet.learners("save", str(self._folder.final.resolve()))
 
     def _prompts(self) -> tuple[list[Prompt], list[Prompt]]:
         # Imported here: transformers takes seconds, during which the actors start.
@@ -115,7 +120,11 @@ class _Session:
             draw_curves(self._folder.path)
         groups = self._pipeline.group_counts if self._pipeline else {"submitted": 0}
         summary = self._record.summary(
-            groups=groups, errors=self._errors.errors, interrupted=interrupted, saved=self._folder.saved()
+            groups=groups,
+            seconds=self._timeline.totals(),
+            errors=self._errors.errors,
+            interrupted=interrupted,
+            saved=self._folder.saved(),
         )
         self._folder.write_summary(summary)
         return summary

@@ -28,6 +28,7 @@ from maspo_ray.run_folder import RunFolder
 from maspo_ray.run_record import RunRecord
 from maspo_ray.seeds import sampling_seeds
 from maspo_ray.staleness import StalenessGate
+from maspo_ray.timeline import Timeline
 from maspo_ray.update_watch import UpdateWatch
 
 
@@ -45,6 +46,7 @@ class Pipeline:
         folder: RunFolder,
         progress: Progress,
         record: RunRecord,
+        timeline: Timeline,
     ) -> None:
         self._config = config
         self._fleet = fleet
@@ -55,6 +57,7 @@ class Pipeline:
         self._folder = folder
         self._progress = progress
         self._record = record
+        self._timeline = timeline
         pipeline = config.pipeline
         self._gate = StalenessGate(
             pipeline.groups_per_step, pipeline.max_staleness, pipeline.steps * pipeline.groups_per_step
@@ -167,7 +170,8 @@ class Pipeline:
     async def _train(self) -> None:
         for step in range(1, self._config.pipeline.steps + 1):
             started, tokens_before = monotonic(), self._pool.tokens_generated
-            batch = await self._next_batch()
+            with self._timeline.span("learner", "wait", step=step):
+                batch = await self._next_batch()
             waited_s = monotonic() - started
             self._metrics, metrics = StepMetrics(), self._metrics
             learned = await self._learn(batch, step, metrics)
@@ -215,11 +219,12 @@ class Pipeline:
         ranks = len(self._fleet.of_role("learner"))
         updates = learner.updates_per_batch
         plans = pack(batch, ranks, learner.max_tokens_per_micro_batch, self._fleet.shares_prompts, updates)
-        reports: list[UpdateReport] = await within(
-            self._config.pipeline.step_timeout_s,
-            f"step {step} did not end within pipeline.step_timeout_s",
-            self._fleet.learners_each("train_step", [(own, *payloads) for own, payloads in plans]),
-        )
+        with self._timeline.span("learner", "train", step=step):
+            reports: list[UpdateReport] = await within(
+                self._config.pipeline.step_timeout_s,
+                f"step {step} did not end within pipeline.step_timeout_s",
+                self._fleet.learners_each("train_step", [(own, *payloads) for own, payloads in plans]),
+            )
         learned = combine_updates([report.metrics for report in reports]) | await self._publish(step)
         self._gate.publish(step)
         self._admission.set()
@@ -238,15 +243,17 @@ class Pipeline:
 
     async def _publish(self, version: int) -> dict[str, float]:
         # The client's own deadlines come first and name the actor; a collective that hangs has none of its own.
-        timings: dict[str, float] = await within(
-            2 * self._config.pipeline.weight_sync_timeout_s,
-            f"version {version} was not published within twice pipeline.weight_sync_timeout_s",
-            self._fleet.learners("publish", version),
-        )
+        with self._timeline.span("learner", "publish", version=version):
+            timings: dict[str, float] = await within(
+                2 * self._config.pipeline.weight_sync_timeout_s,
+                f"version {version} was not published within twice pipeline.weight_sync_timeout_s",
+                self._fleet.learners("publish", version),
+            )
         return timings
 
     async def _check_parity(self, version: int) -> Parity:
-        parity = await self._parity.check(version)
+        with self._timeline.span("learner", "parity", version=version):
+            parity = await self._parity.check(version)
         self._record.parity(parity.max)
         return parity
 
@@ -254,7 +261,8 @@ class Pipeline:
         every, last = self._config.eval.every, self._config.pipeline.steps
         if self._evaluator is None or not (step in (0, last) or (every and step % every == 0)):
             return
-        result = await self._evaluator.evaluate()
+        with self._timeline.span("learner", "evaluate", step=step):
+            result = await self._evaluator.evaluate()
         self._folder.write_eval(
             {
                 "step": step,
@@ -272,4 +280,5 @@ class Pipeline:
     async def _save_checkpoint(self, step: int) -> None:
         every = self._config.checkpoint.every
         if every and step % every == 0:
-            await self._fleet.learners("save", str(self._folder.checkpoint(step).resolve()))
+            with self._timeline.span("learner", "save", step=step):
+                await self._fleet.learners("save", str(self._folder.checkpoint(step).resolve()))

@@ -16,6 +16,7 @@ from maspo_ray.errors import RunError
 from maspo_ray.experience import CompletionFacts, Outcome, Rollout, Verdict
 from maspo_ray.fleet import named
 from maspo_ray.idle import IdleMeter
+from maspo_ray.timeline import Timeline
 
 _log = logging.getLogger(__name__)
 
@@ -54,9 +55,10 @@ class ErrorWatch:
 class RolloutPool:
     """Sends prompts to rollout actors and completions to reward actors."""
 
-    def __init__(self, rollout: Sequence[Any], reward: Sequence[Any], errors: ErrorWatch) -> None:
+    def __init__(self, rollout: Sequence[Any], reward: Sequence[Any], errors: ErrorWatch, timeline: Timeline) -> None:
         self._rollout = list(rollout)
-        self._reward = itertools.cycle(reward)
+        self._reward = itertools.cycle(enumerate(reward))
+        self._timeline = timeline
         self._errors = errors
         self._outstanding_tokens = [0] * len(self._rollout)
         self.idle = IdleMeter(len(self._rollout), monotonic())
@@ -85,19 +87,22 @@ class RolloutPool:
         try:
             async with asyncio.TaskGroup() as scoring:
                 scored = []
-                async for payload in stream:
-                    facts: list[CompletionFacts] = await named(failure, await named(failure, anext(stream)))
-                    self._outstanding_tokens[engine] -= cost * len(facts)
-                    outstanding -= cost * len(facts)
-                    self.tokens_generated += sum(known.num_tokens for known in facts)
-                    scored.append(scoring.create_task(self._score(prompt, payload, facts)))
+                with self._timeline.span(f"rollout/{engine}", "generate", samples=len(seeds)):
+                    async for payload in stream:
+                        facts: list[CompletionFacts] = await named(failure, await named(failure, anext(stream)))
+                        self._outstanding_tokens[engine] -= cost * len(facts)
+                        outstanding -= cost * len(facts)
+                        self.tokens_generated += sum(known.num_tokens for known in facts)
+                        scored.append(scoring.create_task(self._score(prompt, payload, facts)))
                 self.idle.finished(engine, monotonic())
         finally:
             self._outstanding_tokens[engine] -= outstanding
         return tuple(rollout for task in scored for rollout in task.result())
 
     async def _score(self, prompt: Any, payload: Any, facts: Sequence[CompletionFacts]) -> list[Rollout]:
-        verdicts: list[Verdict] = await named("the reward failed", next(self._reward).score.remote(prompt, payload))
+        replica, reward = next(self._reward)
+        with self._timeline.span(f"reward/{replica}", "score", completions=len(facts)):
+            verdicts: list[Verdict] = await named("the reward failed", reward.score.remote(prompt, payload))
         for verdict in verdicts:
             self._errors.add(verdict)
         return [Rollout(payload, i, *pair) for i, pair in enumerate(zip(facts, verdicts, strict=True))]

@@ -12,6 +12,7 @@ import yaml
 from maspo_ray.config import RunConfig
 from maspo_ray.metrics import JsonlSink, JsonlWriter, MetricSink, TensorBoardSink
 from maspo_ray.summary import RunSummary
+from maspo_ray.timeline import Event, TraceWriter
 
 
 class RunFolder:
@@ -25,6 +26,7 @@ class RunFolder:
         self._metrics: list[MetricSink] = [JsonlSink(self.path / "metrics.jsonl")]
         if config.logging.tensorboard:
             self._metrics.append(TensorBoardSink(self.path / "tensorboard"))
+        self._trace = TraceWriter(self.path / "timeline.json") if config.logging.timeline else None
         self._ledger = JsonlWriter(self.path / "ledger.jsonl")
         self._eval = JsonlWriter(self.path / "eval.jsonl")
 
@@ -43,12 +45,16 @@ class RunFolder:
     def write_ledger(self, row: Mapping[str, object]) -> None:
         self._ledger.write(row)
 
+    def write_trace(self, event: Event) -> None:
+        if self._trace is not None:
+            self._trace.write(event)
+
     def write_eval(self, row: Mapping[str, object]) -> None:
         self._eval.write(row)
 
     def saved(self) -> tuple[str, ...]:
         """Returns what the folder holds that a user would look for, relative to it."""
-        names = ["metrics.jsonl", "ledger.jsonl", "eval.jsonl", "curves.png", "final"]
+        names = ["metrics.jsonl", "ledger.jsonl", "eval.jsonl", "timeline.json", "curves.png", "final"]
         checkpoints = sorted(self.path.glob("checkpoints/step_*"))[-1:]
         found = [self.path / name for name in names if (self.path / name).exists()]
         return tuple(str(path.relative_to(self.path)) for path in found + checkpoints)
@@ -61,3 +67,5 @@ class RunFolder:
             sink.close()
         self._ledger.close()
         self._eval.close()
+        if self._trace is not None:
+            self._trace.close()

@@ -30,7 +30,15 @@ class RunRecord:
     def parity(self, distance: float) -> None:
         self._parity_max = distance if math.isnan(self._parity_max) else max(self._parity_max, distance)
 
-    def summary(self, *, groups: dict[str, int], errors: int, interrupted: bool, saved: tuple[str, ...]) -> RunSummary:
+    def summary(
+        self,
+        *,
+        groups: dict[str, int],
+        seconds: dict[str, dict[str, float]],
+        errors: int,
+        interrupted: bool,
+        saved: tuple[str, ...],
+    ) -> RunSummary:
         """Returns what the run has come to so far."""
         rows = self._rows
         tenth = max(1, len(rows) // 10)
@@ -48,6 +56,7 @@ class RunRecord:
             learner_wait_share=_mean(rows, "time/learner_wait_share", weight="time/step_s"),
             rollout_idle_share=_mean(rows, "time/rollout_idle_share", weight="time/step_s"),
             groups=groups,
+            seconds=seconds,
             tokens_generated=int(sum(row["tokens/generated"] for row in rows)),
             tokens_trained=int(sum(row["tokens/trained"] for row in rows)),
             parity_max=self._parity_max,

@@ -22,6 +22,7 @@ class RunSummary:
         max_staleness: the bound that `staleness_max` is held to.
         learner_wait_share: of the run's wall time; rollout_idle_share likewise, mean over engines.
         groups: submitted, trained, filtered, stale, failed.
+        seconds: role → what it was asked for → seconds; what ran at once counts each.
         parity_max: largest |Δ log-prob| between learner and rollout engine.
         errors: completions that could not be scored.
         interrupted: whether the run ended before its last step.
@@ -41,6 +42,7 @@ class RunSummary:
     learner_wait_share: float
     rollout_idle_share: float
     groups: dict[str, int]
+    seconds: dict[str, dict[str, float]]
     tokens_generated: int
     tokens_trained: int
     parity_max: float
@@ -77,6 +79,8 @@ def summary_text(summary: RunSummary) -> str:
         ("groups", _groups_text(summary.groups)),
         ("staleness", _staleness_text(summary)),
         ("waiting", _waiting_text(summary)),
+        ("the time went", _time_text(summary)),
+        ("at once", _at_once_text(summary)),
         ("tokens", _tokens_text(summary)),
         ("parity", f"largest |Δ log-prob| learner to rollout engine: {_number(summary.parity_max, '.2g')}"),
     ]
@@ -118,6 +122,21 @@ def _staleness_text(summary: RunSummary) -> str:
 def _waiting_text(summary: RunSummary) -> str:
     learner, engines = percent_text(summary.learner_wait_share), percent_text(summary.rollout_idle_share)
     return f"learner {learner} of the time, rollout engines {engines}"
+
+
+def _time_text(summary: RunSummary) -> str:
+    """Returns the learner's shares of the wall time: it does one thing at a time."""
+    known = sorted(summary.seconds.get("learner", {}).items(), key=lambda item: -item[1])
+    if not known:
+        return "not measured"
+    rest = summary.wall_s - sum(seconds for _, seconds in known)
+    return ", ".join(f"{name} {percent_text(seconds / summary.wall_s)}" for name, seconds in [*known, ("rest", rest)])
+
+
+def _at_once_text(summary: RunSummary) -> str:
+    """Returns how many calls of the other roles were under way at once, in the mean over the run."""
+    others = [(role, sum(names.values())) for role, names in summary.seconds.items() if role != "learner"]
+    return ", ".join(f"{seconds / summary.wall_s:.1f} calls to {role}" for role, seconds in others) or "not measured"
 
 
 def _tokens_text(summary: RunSummary) -> str:

@@ -140,6 +140,13 @@ def test_train_runs_all_four_actors_and_leaves_a_whole_run_folder(tiny_model: st
     assert not summary["interrupted"]
     assert {"config.yaml", "curves.png", "final", "tensorboard"} <= {path.name for path in folder.iterdir()}
     assert (folder / "final" / "model.safetensors").exists()
+    trace = json.loads((folder / "timeline.json").read_text())
+    names = {event["pid"]: event["args"]["name"] for event in trace if event["ph"] == "M"}
+    spans = [(names[event["pid"]], event["name"]) for event in trace if event["ph"] == "X"]
+    assert spans.count(("learner", "train")) == 4 and spans.count(("learner", "publish")) == 5
+    assert ("rollout/0", "generate") in spans
+    # The learner does one thing at a time.
+    assert all(event["tid"] == 0 for event in trace if event["ph"] == "X" and names[event["pid"]] == "learner")
     assert list((folder / "tensorboard").iterdir())
     assert "Run finished: 4 steps" in out
     assert run.left() == []

@@ -27,6 +27,7 @@ SUMMARY = RunSummary(
     learner_wait_share=0.031,
     rollout_idle_share=0.012,
     groups={"submitted": 1650, "trained": 1600, "filtered": 40, "stale": 6, "failed": 4},
+    seconds={"learner": {"wait": 75.0, "train": 600.0}, "rollout": {"generate": 1500.0}, "reward": {"score": 75.0}},
     tokens_generated=1_500_000,
     tokens_trained=1_200_000,
     parity_max=0.00012,
@@ -141,6 +142,9 @@ def test_summary_text_of_a_finished_run_says_what_it_came_to() -> None:
         "  groups              1,650 submitted = 1,600 trained + 40 filtered + 6 stale + 4 failed",
         "  staleness           mean 0.80, max 1 versions behind (bound 1)",
         "  waiting             learner 3.1 % of the time, rollout engines 1.2 %",
+        # 750 s in all: 600, 75 and what is left.
+        "  the time went       train 80.0 %, wait 10.0 %, rest 10.0 %",
+        "  at once             2.0 calls to rollout, 0.1 calls to reward",
         "  tokens              1,500,000 generated, 1,200,000 trained (2,000 generated a second)",
         "  parity              largest |Δ log-prob| learner to rollout engine: 0.00012",
         "  saved               final, curves.png",

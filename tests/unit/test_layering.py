@@ -45,6 +45,7 @@ FLOORS = [
     "maspo_ray.preflight",
     "maspo_ray.metrics",
     "maspo_ray.idle",
+    "maspo_ray.timeline",
     "maspo_ray.summary",
     "maspo_ray.progress",
     "maspo_ray.curves",

@@ -33,7 +33,7 @@ def _row(reward: float = 0.5, **metrics: float) -> dict[str, float]:
 
 
 def _summary(record: RunRecord, **facts: Any) -> RunSummary:
-    given = {"groups": {"submitted": 0}, "errors": 0, "interrupted": False, "saved": ()}
+    given = {"groups": {"submitted": 0}, "seconds": {}, "errors": 0, "interrupted": False, "saved": ()}
     return record.summary(**(given | facts))
 
 

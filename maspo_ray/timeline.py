@@ -1,0 +1,89 @@
+"""A run's timeline: what each actor was asked for and when, in the Chrome trace form, and where the time went.
+
+Promise: one event for each span, written when it ends, so that a run that was interrupted has its timeline too. Spans are as the
+controller sees them, from its call to the answer; what one actor does at once lies in lanes. What takes less than 10 ms, or
+comes after so many events that a viewer would choke, is counted and not drawn.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+MIN_DRAWN_S = 0.01
+MAX_EVENTS = 200_000
+Event = dict[str, Any]
+
+
+class Timeline:
+    """Gathers spans.
+
+    Args:
+        write: takes an event of the Chrome trace form.
+        clock: seconds, of any clock that never goes back.
+    """
+
+    def __init__(self, write: Callable[[Event], None], clock: Callable[[], float] = monotonic) -> None:
+        self._write = write
+        self._clock = clock
+        self._started = clock()
+        self._actors: dict[str, int] = {}
+        self._busy_lanes: dict[str, set[int]] = {}
+        self._totals: dict[str, dict[str, float]] = {}
+        self._num_events = 0
+
+    @contextmanager
+    def span(self, actor: str, name: str, **details: int) -> Iterator[None]:
+        """Takes down what runs within, also where it fails.
+
+        Args:
+            actor: such as `rollout/0`; what stands before the slash is its role.
+            details: shown by the viewer.
+        """
+        lanes = self._busy_lanes.setdefault(actor, set())
+        lane = next(lane for lane in range(len(lanes) + 1) if lane not in lanes)
+        lanes.add(lane)
+        started = self._clock()
+        try:
+            yield
+        finally:
+            lanes.remove(lane)
+            self._end(actor, name, lane, started, self._clock(), details)
+
+    def _end(self, actor: str, name: str, lane: int, started: float, ended: float, details: dict[str, int]) -> None:
+        totals = self._totals.setdefault(actor.partition("/")[0], {})
+        totals[name] = totals.get(name, 0.0) + ended - started
+        if ended - started < MIN_DRAWN_S or self._num_events >= MAX_EVENTS:
+            return
+        self._num_events += 1
+        if actor not in self._actors:
+            self._actors[actor] = len(self._actors)
+            self._write({"ph": "M", "name": "process_name", "pid": self._actors[actor], "args": {"name": actor}})
+        event = {"ph": "X", "name": name, "pid": self._actors[actor], "tid": lane}
+        microseconds = {
+            "ts": round(1e6 * (started - self._started)),
+            "dur": round(1e6 * (ended - started)),
+        }
+        self._write(event | microseconds | ({"args": details} if details else {}))
+
+    def totals(self) -> dict[str, dict[str, float]]:
+        """Returns role → name → seconds, over all spans that have ended; those that ran at once count each."""
+        return {role: dict(names) for role, names in self._totals.items()}
+
+
+class TraceWriter:
+    """Writes events as one JSON array; a file that was not closed lacks its last bracket, which trace viewers accept."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("w", encoding="utf-8")
+        self._separator = "[\n"
+
+    def write(self, event: Event) -> None:
+        self._file.write(self._separator + json.dumps(event, separators=(",", ":")))
+        self._separator = ",\n"
+
+    def close(self) -> None:
+        self._file.write(("[" if self._separator == "[\n" else "\n") + "]\n")
+        self._file.close()

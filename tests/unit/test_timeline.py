@@ -1,0 +1,83 @@
+"""The timeline: spans with lanes and totals, by a clock in the test's hand; the file as a viewer reads it."""
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from maspo_ray import timeline
+from maspo_ray.timeline import Timeline, TraceWriter
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def _timeline() -> tuple[Timeline, _Clock, list[dict[str, Any]]]:
+    clock, events = _Clock(), []
+    return Timeline(events.append, clock), clock, events
+
+
+def test_span_is_an_event_from_the_start_of_the_run_in_microseconds() -> None:
+    line, clock, events = _timeline()
+    clock.now = 100.5
+    with line.span("learner/0", "train", step=3):
+        clock.now = 102.0
+    assert events == [
+        {"ph": "M", "name": "process_name", "pid": 0, "args": {"name": "learner/0"}},
+        {"ph": "X", "name": "train", "pid": 0, "tid": 0, "ts": 500_000, "dur": 1_500_000, "args": {"step": 3}},
+    ]
+
+
+def test_spans_of_an_actor_at_once_lie_in_lanes_that_are_used_again() -> None:
+    line, clock, events = _timeline()
+
+    async def work(seconds: float, turns: int) -> None:
+        with line.span("rollout/0", "generate"):
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            clock.now += seconds
+
+    async def run() -> None:
+        await asyncio.gather(work(1.0, 3), work(1.0, 1))
+        await work(1.0, 1)
+
+    asyncio.run(run())
+    drawn = [(event["tid"], event["ts"]) for event in events if event["ph"] == "X"]
+    # The second ends first, in lane 1; the first in lane 0; the third comes when both are free.
+    assert drawn == [(1, 0), (0, 0), (0, 2_000_000)]
+    assert line.totals() == {"rollout": {"generate": 1.0 + 2.0 + 1.0}}
+
+
+def test_span_that_fails_is_drawn_and_frees_its_lane() -> None:
+    line, clock, events = _timeline()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no"), line.span("reward/1", "score"):
+            clock.now += 1
+            raise ValueError("no")
+    assert [event["tid"] for event in events if event["ph"] == "X"] == [0, 0]
+
+
+def test_short_spans_and_those_beyond_the_limit_are_counted_and_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timeline, "MAX_EVENTS", 2)
+    line, clock, events = _timeline()
+    for seconds in (0.001, 1.0, 1.0, 1.0):
+        with line.span("reward/0", "score"):
+            clock.now += seconds
+    assert sum(event["ph"] == "X" for event in events) == 2
+    assert line.totals()["reward"]["score"] == pytest.approx(3.001)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_trace_file_is_one_json_array(tmp_path: Path, count: int) -> None:
+    writer = TraceWriter(tmp_path / "timeline.json")
+    for i in range(count):
+        writer.write({"ph": "X", "ts": i})
+    writer.close()
+    assert json.loads((tmp_path / "timeline.json").read_text()) == [{"ph": "X", "ts": i} for i in range(count)]
