@@ -17,7 +17,6 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
-from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
 from actors.lora import Weight, adapters_of, weights_of
 from actors.token_model import TokenModel
@@ -171,38 +170,43 @@ class UpdateSize:
         return math.sqrt(changed / weights) if weights else 0.0
 
 
-class EngineWeights(WeightSource):
-    """The engine's weights under their Hugging Face names, adapters merged; under ZeRO-3, gathered one layer at a time.
+class EngineWeights:
+    """The engine's weights under their Hugging Face names, adapters merged; under ZeRO-3, gathered for as long as they are read.
 
-    Iterating is a collective among the ranks. Tied weights come once, as the embedding.
+    Reading is a collective among the ranks. Tied weights come once, as the embedding.
+
+    Attributes:
+        shapes: of each weight as a whole, with its dtype.
     """
 
     def __init__(self, engine: Any) -> None:
         self._weights = weights_of(engine.module.model)
         self._adapters = adapters_of(engine.module.model)
         self._gathers = engine.zero_optimization_partition_weights()
+        self.shapes = {name: self._shape(weight) for name, weight in self._weights.items()}
 
-    def metadata(self) -> list[ParamMeta]:
-        return [ParamMeta(name, weight.parts[0].dtype, self._shape(weight)) for name, weight in self._weights.items()]
-
-    def _shape(self, weight: Weight) -> tuple[int, ...]:
+    def _shape(self, weight: Weight) -> tuple[tuple[int, ...], torch.dtype]:
         first: Any = weight.parts[0]
-        return tuple(first.ds_shape if self._gathers else first.shape)
+        return tuple(first.ds_shape if self._gathers else first.shape), first.dtype
 
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for names in self.groups():
-            weights = [self._weights[name] for name in names]
-            with self._whole([part for weight in weights for part in weight.parts]):
-                for name, weight in zip(names, weights, strict=True):
-                    yield name, weight.value()
+    def read(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields these weights, gathered together."""
+        weights = [self._weights[name] for name in names]
+        with self._whole([part for weight in weights for part in weight.parts]):
+            for name, weight in zip(names, weights, strict=True):
+                yield name, weight.value()
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Returns copies on the CPU of the weights and of the adapters' own, these by their names in the model; both empty on
-        every rank but the first. A collective."""
+        every rank but the first."""
         keeps = dist.get_rank() == 0
         if not keeps and not self._gathers:
             return {}, {}
-        weights = {name: weight.to("cpu", copy=True) for name, weight in self if keeps}
+        weights = {}
+        for name in self._weights:
+            for _, weight in self.read([name]):
+                if keeps:
+                    weights[name] = weight.to("cpu", copy=True)
         with self._whole(list(self._adapters.values())):
             return weights, {name: p.detach().to("cpu", copy=True) for name, p in self._adapters.items() if keeps}
 

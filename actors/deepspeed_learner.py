@@ -54,7 +54,7 @@ class DeepSpeedLearner:
     def rendezvous(self) -> tuple[str, int]:
         import ray
 
-        from maspo_ray.weight_sync.publisher import free_port
+        from maspo_ray.weight_sync import free_port
 
         return ray.util.get_node_ip_address(), free_port()
 
@@ -220,10 +220,12 @@ class DeepSpeedLearner:
     def connect(
         self, rollout_handles: Sequence[Any], workers_per_engine: int, backend: Backend, timeout_s: float
     ) -> None:
+        from actors.weight_source import EngineWeightSource
         from maspo_ray.weight_sync.publisher import RolloutClient, WeightPublisher
 
+        source = EngineWeightSource(self._weights)
         client = RolloutClient(rollout_handles, workers_per_engine, timeout_s)
-        self._publisher = WeightPublisher(self._weights, client, backend, self._rank, self._address, timeout_s)
+        self._publisher = WeightPublisher(source, client, backend, self._rank, self._address, timeout_s)
 
     def publish(self, version: int) -> dict[str, float]:
         started = perf_counter()

@@ -33,6 +33,7 @@ from actors.vllm_rollout import VLLMRollout
 from maspo_ray.cluster import connected
 from maspo_ray.config import ModelConfig, PlacementConfig, RolloutConfig
 from maspo_ray.experience import Prompt
+from maspo_ray.weight_sync import free_port
 from maspo_ray.weight_sync.buckets import cut_buckets
 from maspo_ray.weight_sync.gloo_engine import (
     BUCKET_BYTES,
@@ -44,7 +45,7 @@ from maspo_ray.weight_sync.gloo_engine import (
     _together,
     join_group,
 )
-from maspo_ray.weight_sync.publisher import RolloutClient, free_port
+from maspo_ray.weight_sync.publisher import RolloutClient
 
 REQUESTS, PROMPT_TOKENS, NEW_TOKENS = 16, 40, 400
 TIMEOUT_S = 120.0

@@ -89,15 +89,30 @@ class RolloutPool:
                 scored = []
                 with self._timeline.span(f"rollout/{engine}", "generate", samples=len(seeds)):
                     async for payload in stream:
-                        facts: list[CompletionFacts] = await named(failure, await named(failure, anext(stream)))
+                        facts = await self._facts(failure, payload, await anext(stream, None))
                         self._outstanding_tokens[engine] -= cost * len(facts)
                         outstanding -= cost * len(facts)
-                        self.tokens_generated += sum(known.num_tokens for known in facts)
+                        self.tokens_generated += sum(fact.num_tokens for fact in facts)
                         scored.append(scoring.create_task(self._score(prompt, payload, facts)))
                 self.idle.finished(engine, monotonic())
         finally:
             self._outstanding_tokens[engine] -= outstanding
-        return tuple(rollout for task in scored for rollout in task.result())
+        rollouts = tuple(rollout for task in scored for rollout in task.result())
+        if len(rollouts) != len(seeds):
+            raise RunError(f"{failure}: {len(rollouts)} of {len(seeds)} completions came. See its log.")
+        return rollouts
+
+    @staticmethod
+    async def _facts(failure: str, payload: Any, following: Any) -> list[CompletionFacts]:
+        """Returns what is known of a payload's completions, which the stream's next object says.
+
+        Where there is none, the payload is the engine's error. It was also seen once, with Ray 2.60, that a stream ended without
+        its last object though its task had succeeded; then the completions themselves say it.
+        """
+        if following is None:
+            return [CompletionFacts.of(completion) for completion in await named(failure, payload)]
+        facts: list[CompletionFacts] = await named(failure, following)
+        return facts
 
     async def _score(self, prompt: Any, payload: Any, facts: Sequence[CompletionFacts]) -> list[Rollout]:
         replica, reward = next(self._reward)

@@ -5,7 +5,6 @@ raises within its deadline and names the actor that did not answer. What carries
 backend; nothing here knows which.
 """
 
-import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from vllm.distributed.weight_transfer import TrainerWeightTransferEngine, Weight
 from vllm.distributed.weight_transfer.base import TrainerInitInfo
 
 from maspo_ray.errors import RunError
+from maspo_ray.weight_sync import free_port
 
 
 class RolloutClient:
@@ -111,10 +111,3 @@ def _trainer_init_info(
     return GlooTrainerInitInfo(
         master_address=master_address, master_port=port, world_size=world_size, timeout_s=timeout_s, rank=rank
     )
-
-
-def free_port() -> int:
-    """Returns a TCP port of this node that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])

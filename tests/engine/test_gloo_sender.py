@@ -7,6 +7,7 @@ import pytest
 import torch
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
+from maspo_ray.weight_sync import free_port
 from maspo_ray.weight_sync.gloo_engine import (
     GlooTrainerInitInfo,
     GlooTrainerWeightTransferEngine,
@@ -14,7 +15,6 @@ from maspo_ray.weight_sync.gloo_engine import (
     _start_broadcast,
     join_group,
 )
-from maspo_ray.weight_sync.publisher import free_port
 
 pytestmark = pytest.mark.engine
 BUCKET_BYTES = 64

@@ -1,0 +1,25 @@
+"""The learner's weights as vLLM's trainer side takes them.
+
+A file of its own: vLLM takes seconds to import, and a learner needs it only to publish.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+
+from actors.deepspeed_engine import EngineWeights
+
+
+class EngineWeightSource(WeightSource):
+    """Streams an engine's weights, gathered one layer at a time. Iterating is a collective among the ranks."""
+
+    def __init__(self, weights: EngineWeights) -> None:
+        self._weights = weights
+
+    def metadata(self) -> list[ParamMeta]:
+        return [ParamMeta(name, dtype, shape) for name, (shape, dtype) in self._weights.shapes.items()]
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for names in self.groups():
+            yield from self._weights.read(names)
