@@ -8,10 +8,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
 
+from actors.lora import adapters_of, weights_of
 from actors.token_batch import Bundled, Tree, lay_out
 from actors.token_model import TokenModel, attention_of, completion_logprobs, load_token_model
 from actors.tree_attention import tree_mask
-from maspo_ray.config import ModelConfig
+from maspo_ray.config import LoraConfig, ModelConfig
+from maspo_ray.errors import ConfigError
 
 pytestmark = pytest.mark.engine
 
@@ -159,3 +161,38 @@ def test_completion_logprobs_do_not_depend_on_how_many_fit_a_row(tmp_path: Path)
     for row in results:
         assert [len(part) for part in row] == [9, 1, 4, 3, 1, 1, 6, 12]
         assert np.abs(np.concatenate(row) - np.concatenate(results[0])).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("targets", "rule"),
+    [
+        (("nothing",), "Target modules .* not found in the base model"),
+        (("q_proj", "nothing"), "no module is called nothing. Name linear modules of the layers, such as q_proj."),
+        (("q_proj", "lm_head"), "lm_head cannot have an adapter that is merged for the engines."),
+        (("q_proj", "embed_tokens"), "model.embed_tokens cannot have an adapter that is merged for the engines."),
+    ],
+)
+def test_adapters_that_cannot_be_are_refused_by_name(tmp_path: Path, targets: tuple[str, ...], rule: str) -> None:
+    config = ModelConfig(path=_save(tmp_path, "llama"), dtype="float32")
+    with pytest.raises(ConfigError, match=rf"learner.lora.targets is \['.*'\]; {rule}"):
+        load_token_model(config, LoraConfig(targets=targets))
+
+
+def test_adapters_are_merged_under_the_names_of_the_model_without_them(tmp_path: Path) -> None:
+    config = ModelConfig(path=_save(tmp_path, "llama"), dtype="float32")
+    plain = dict(load_token_model(config).model.named_parameters())
+    adapted = load_token_model(config, LoraConfig(rank=2, alpha=6)).model
+    with torch.no_grad():
+        for name, parameter in adapters_of(adapted).items():
+            if "lora_B" in name:
+                parameter.normal_()
+    merged = {name: weight.value() for name, weight in weights_of(adapted).items()}
+    assert list(merged) == list(plain)
+    for name, weight in merged.items():
+        change = weight - plain[name]
+        # Every linear module of the layers has changed by a matrix of rank 2, nothing else has.
+        assert torch.linalg.matrix_rank(change, rtol=1e-4).item() == 2 if "_proj" in name else not change.any()
+    q = adapted.get_submodule("model.layers.0.self_attn.q_proj")
+    expected = 3 * q.lora_B["default"].weight @ q.lora_A["default"].weight  # alpha / rank = 3
+    change = merged["model.layers.0.self_attn.q_proj.weight"] - plain["model.layers.0.self_attn.q_proj.weight"]
+    assert (change - expected).abs().max() < 1e-5
