@@ -80,15 +80,14 @@ def weights_of(model: PreTrainedModel) -> dict[str, Weight]:
     adapted = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
     found: dict[str, Weight] = {}
     for name, parameter in model.named_parameters():
-        path, _, leaf = name.rpartition(".")
-        place = path.removesuffix(".base_layer")
+        # peft keeps an adapted module as `base_layer` of its own.
+        own_name = name.replace(".base_layer.", ".")
+        place, _, leaf = own_name.rpartition(".")
         if any(place.startswith(f"{other}.") for other in adapted):
             # The adapters themselves.
             continue
         merges = place in adapted and leaf == "weight"
-        found[f"{place}.{leaf}"] = (
-            _merged(parameter, adapted[place]) if merges else Weight((parameter,), parameter.detach)
-        )
+        found[own_name] = _merged(parameter, adapted[place]) if merges else Weight((parameter,), parameter.detach)
     return found
 
 

@@ -89,7 +89,7 @@ class RolloutPool:
                 scored = []
                 with self._timeline.span(f"rollout/{engine}", "generate", samples=len(seeds)):
                     async for payload in stream:
-                        facts = await self._facts(failure, payload, await anext(stream, None))
+                        facts = await self._facts(failure, payload, await named(failure, anext(stream, None)))
                         self._outstanding_tokens[engine] -= cost * len(facts)
                         outstanding -= cost * len(facts)
                         self.tokens_generated += sum(fact.num_tokens for fact in facts)
