@@ -103,10 +103,11 @@ class DeepSpeedLearner:
         self._update_size = UpdateSize(self._engine)
         self._device = device_of()
 
-    def train_step(self, plans: Sequence[RankPlan], *payloads: Any) -> list[UpdateReport]:
+    def train_step(self, version: int, plans: Sequence[RankPlan], *payloads: Any) -> list[UpdateReport]:
         from actors.learner_metrics import reduced
         from maspo_ray.objectives.breakdown import Breakdown
 
+        self._version = version
         old: list[Sequence[Any] | None] = [None] * len(plans)
         if self._objective.old_policy == "recompute":
             # The first update meets the weights that the batch met: its own log-probs will do.
@@ -230,7 +231,6 @@ class DeepSpeedLearner:
     def publish(self, version: int) -> dict[str, float]:
         started = perf_counter()
         self._publisher.publish(version)
-        self._version = version
         return {"time/publish_s": perf_counter() - started}
 
     def save(self, folder: str) -> None:

@@ -103,7 +103,10 @@ class VLLMRollout:
     async def generate(
         self, prompt: Prompt, *, temperature: float, max_new_tokens: int, seeds: Sequence[int | None]
     ) -> AsyncIterator[list[Completion] | list[CompletionFacts]]:
-        running = {asyncio.create_task(self._complete(prompt, temperature, max_new_tokens, seed)) for seed in seeds}
+        running = {
+            asyncio.create_task(self._complete(prompt, temperature, max_new_tokens, sample, seed))
+            for sample, seed in enumerate(seeds)
+        }
         try:
             while running:
                 # What ends in one step of the engine comes out together.
@@ -115,7 +118,9 @@ class VLLMRollout:
             for task in running:
                 task.cancel()
 
-    async def _complete(self, prompt: Prompt, temperature: float, max_new_tokens: int, seed: int | None) -> Completion:
+    async def _complete(
+        self, prompt: Prompt, temperature: float, max_new_tokens: int, sample: int, seed: int | None
+    ) -> Completion:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -142,6 +147,7 @@ class VLLMRollout:
             spans=spans_since(salted, output.weight_versions),
             finish_reason=str(output.finish_reason),
             text=output.text,
+            sample=sample,
         )
 
     async def _run(self, token_ids: NDArray[np.int32], parameters: Any, version: int) -> Any:

@@ -91,7 +91,7 @@ class Bench:
 
     def step(self, batch: Any, max_tokens: int, share: bool) -> Callable[[], object]:
         plan, payloads = batch.plan(max_tokens, share)
-        return lambda: self.learner.train_step([plan], *payloads)
+        return lambda: self.learner.train_step(0, [plan], *payloads)
 
     def plain_step(self, batch: Any, rows: int) -> Callable[[], object]:
         """Returns transformers' own forward pass, logits of completion tokens only, cross-entropy, and the backward pass.

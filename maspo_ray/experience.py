@@ -6,8 +6,10 @@ which the controller works with. Token ids go in and come out; nothing is tokeni
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -52,6 +54,7 @@ class Completion:
         spans: cover [0, tokens) without gaps.
         finish_reason: "stop" or "length" (cut off at the token limit).
         text: the engine's decoding, special tokens left out; for rewards and people only.
+        sample: its place in the group, which is that of its seed.
     """
 
     token_ids: NDArray[np.int32]
@@ -59,6 +62,7 @@ class Completion:
     spans: tuple[VersionSpan, ...]
     finish_reason: str
     text: str
+    sample: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +73,12 @@ class CompletionFacts:
     min_version: int
     max_version: int
     finish_reason: str
+    sample: int = 0
 
     @classmethod
     def of(cls, completion: Completion) -> "CompletionFacts":
         versions = [span.version for span in completion.spans]
-        return cls(len(completion.token_ids), min(versions), max(versions), completion.finish_reason)
+        return cls(len(completion.token_ids), min(versions), max(versions), completion.finish_reason, completion.sample)
 
 
 class Outcome(StrEnum):
@@ -138,8 +143,7 @@ class Group:
         prompt: refers to the `Prompt` in the object store.
         prompt_tokens: length of the prompt.
         submitted_version: the learner's version when the group was admitted.
-        rollouts: in the order in which their completions ended, so that the lists that their payloads refer to, one after
-            the other, hold the completions in this order.
+        rollouts: in the order of their samples, whichever ended first.
     """
 
     group_id: int
@@ -159,8 +163,15 @@ class Group:
 
     @property
     def payloads(self) -> list[Any]:
-        """References to the lists of completions, each once, in the order of the rollouts."""
+        """References to the lists of completions, each once."""
         return list(dict.fromkeys(rollout.payload for rollout in self.rollouts))
+
+    @property
+    def places(self) -> list[int]:
+        """For each rollout, its place in the lists of `payloads` one after the other."""
+        lengths = Counter(rollout.payload for rollout in self.rollouts)
+        starts = dict(zip(lengths, accumulate(lengths.values(), initial=0), strict=False))
+        return [starts[rollout.payload] + rollout.position for rollout in self.rollouts]
 
     @property
     def rewards(self) -> list[float]:
@@ -173,8 +184,8 @@ class Experience:
 
     Attributes:
         advantages: one for each rollout, 0 for a rollout that could not be scored.
-        reference_logprobs: refers to a list with, for each rollout, [tokens] float32 log-probs under the reference policy;
-            None without KL.
+        reference_logprobs: refers to a list with, for each completion of the group's payloads, [tokens] float32 log-probs under
+            the reference policy; None without KL.
     """
 
     group: Group

@@ -48,6 +48,11 @@ class Fleet:
         """Returns the handles of a role's replicas."""
         return self._actors[role]
 
+    @staticmethod
+    def put(value: Any) -> Any:
+        """Returns a reference to a value in the object store, which keeps it as long as the reference is held."""
+        return ray.put(value)
+
     def _create(self, slot: Slot, reservation: Reservation) -> Any:
         actor_class, arguments, is_async = self._blueprint(slot)
         return (

@@ -182,11 +182,11 @@ def _bundle(cut: _Cut, positions: dict[Any, int]) -> Bundle:
         return positions.setdefault(payload, len(positions))
 
     group, reference = cut.experience.group, cut.experience.reference_logprobs
-    prompt = position(group.prompt)
+    prompt, places = position(group.prompt), group.places
     items = tuple(
         Item(
             completion=(position(group.rollouts[i].payload), group.rollouts[i].position),
-            reference=None if reference is None else (position(reference), i),
+            reference=None if reference is None else (position(reference), places[i]),
             advantage=cut.experience.advantages[i],
             num_tokens=group.rollouts[i].facts.num_tokens,
         )

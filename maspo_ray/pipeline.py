@@ -9,8 +9,6 @@ import asyncio
 from time import monotonic
 from typing import Any
 
-import ray
-
 from maspo_ray.advantages import group_advantages
 from maspo_ray.buffer import ReadyBuffer
 from maspo_ray.checks import Evaluator, Parity, ParityCheck
@@ -106,7 +104,7 @@ class Pipeline:
 
     async def _run_group(self, group_id: int, prompt: Prompt, version: int, seeds: list[int]) -> None:
         rollout = self._config.rollout
-        reference = ray.put(prompt)
+        reference = self._fleet.put(prompt)
         rollouts = await self._pool.sample(
             reference,
             len(prompt.token_ids),
@@ -223,7 +221,7 @@ class Pipeline:
             reports: list[UpdateReport] = await within(
                 self._config.pipeline.step_timeout_s,
                 f"step {step} did not end within pipeline.step_timeout_s",
-                self._fleet.learners_each("train_step", [(own, *payloads) for own, payloads in plans]),
+                self._fleet.learners_each("train_step", [(step - 1, own, *payloads) for own, payloads in plans]),
             )
         learned = combine_updates([report.metrics for report in reports]) | await self._publish(step)
         self._gate.publish(step)

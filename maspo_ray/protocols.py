@@ -41,7 +41,7 @@ class RolloutActor(Protocol):
     def generate(
         self, prompt: Prompt, *, temperature: float, max_new_tokens: int, seeds: Sequence[int | None]
     ) -> AsyncIterator[list[Completion] | list[CompletionFacts]]:
-        """Yields the completions of a prompt, one for each seed, as they end.
+        """Yields the completions of a prompt, one for each seed, as they end; `sample` is the seed's place.
 
         Two objects at a time: a list of the completions that have ended since the last, which stays in the object store,
         and the list of what the controller may know of them. An async generator; a seed of None leaves it to the engine.
@@ -90,9 +90,9 @@ class LearnerActor(Protocol):
 
     def setup(self, master_address: str, master_port: int) -> None: ...
 
-    def train_step(self, plans: Sequence[RankPlan], *payloads: Any) -> list[UpdateReport]:
+    def train_step(self, version: int, plans: Sequence[RankPlan], *payloads: Any) -> list[UpdateReport]:
         """Makes one optimizer update of each plan, this rank's share of it (`packing.pack`), in order; leaves it out, on every
-        rank, where loss or gradient is not finite."""
+        rank, where loss or gradient is not finite. The batch meets weights of `version`."""
         ...
 
     def shares_prompts(self) -> bool:

@@ -67,7 +67,7 @@ class RolloutPool:
     async def sample(
         self, prompt: Any, prompt_tokens: int, *, temperature: float, max_new_tokens: int, seeds: Sequence[int | None]
     ) -> tuple[Rollout, ...]:
-        """Returns a rollout for each seed, all of one prompt.
+        """Returns a rollout for each seed, in their order, all of one prompt.
 
         Args:
             prompt: refers to the `Prompt`.
@@ -98,9 +98,11 @@ class RolloutPool:
         finally:
             self._outstanding_tokens[engine] -= outstanding
         rollouts = tuple(rollout for task in scored for rollout in task.result())
+        by_sample = sorted(rollouts, key=lambda rollout: rollout.facts.sample)
         if len(rollouts) != len(seeds):
             raise RunError(f"{failure}: {len(rollouts)} of {len(seeds)} completions came. See its log.")
-        return rollouts
+        assert [rollout.facts.sample for rollout in by_sample] == list(range(len(seeds))), "a sample came twice"
+        return tuple(by_sample)
 
     @staticmethod
     async def _facts(failure: str, payload: Any, following: Any) -> list[CompletionFacts]:

@@ -35,12 +35,12 @@ class FailingReward:
 
 
 class PoisonedLearner(DeepSpeedLearner):
-    def train_step(self, plans, *payloads):
-        if self._version == 0:
+    def train_step(self, version, plans, *payloads):
+        if version == 0:
             at, i = plans[0].micro_batches[0][0].items[0].completion
             completion = payloads[at][i]
             payloads[at][i] = replace(completion, logprobs=completion.logprobs * float("nan"))
-        return super().train_step(plans, *payloads)
+        return super().train_step(version, plans, *payloads)
 """
 
 

@@ -183,7 +183,9 @@ def _run(
             counts = [sum(len(bundle.items) for bundles in share for bundle in bundles) for share in shares]
             assert sum(counts) == 12 // updates
             assert all(counts)
-        calls = [actor.train_step.remote(own, *payloads) for actor, (own, payloads) in zip(actors, plans, strict=True)]
+        calls = [
+            actor.train_step.remote(0, own, *payloads) for actor, (own, payloads) in zip(actors, plans, strict=True)
+        ]
         for reports in ray.get(calls):
             assert all(report.applied and not report.faulty_groups for report in reports)
         metrics += [report.metrics for report in ray.get(calls)[0]]
@@ -286,7 +288,7 @@ def test_learner_step_with_a_loss_that_is_not_finite_is_left_out_and_names_the_g
 
     def step(batch: list[Experience]) -> UpdateReport:
         plans = pack(batch, ranks, 4096, True)
-        calls = [a.train_step.remote(own, *payloads) for a, (own, payloads) in zip(actors, plans, strict=True)]
+        calls = [a.train_step.remote(0, own, *payloads) for a, (own, payloads) in zip(actors, plans, strict=True)]
         reports = [report for [report] in ray.get(calls)]
         assert len({(report.applied, report.faulty_groups) for report in reports}) == 1
         return reports[0]
@@ -343,7 +345,7 @@ def test_bfloat16_gradients_are_added_up_in_float32_and_weights_kept_so(
     actors = _start(tiny_model, 2, zero_stage, 24, dtype="bfloat16")
     try:
         for _ in range(STEPS):
-            calls = [a.train_step.remote(own, *payloads) for a, (own, payloads) in zip(actors, plans, strict=True)]
+            calls = [a.train_step.remote(0, own, *payloads) for a, (own, payloads) in zip(actors, plans, strict=True)]
             assert all(report.applied for [report] in ray.get(calls))
         ray.get([actor.save.remote(str(tmp_path)) for actor in actors])
     finally:

@@ -187,6 +187,22 @@ def test_pack_reference_is_the_rollouts_place_in_its_group(experiences: list[Exp
             assert (payloads[item.reference[0]], item.reference[1]) == (f"reference {group}", place)
 
 
+def test_pack_reference_of_rollouts_in_another_order_than_they_ended() -> None:
+    facts = [CompletionFacts(2, 0, 0, "stop", sample) for sample in range(3)]
+    # The second sample ended first, alone; then the third with the first.
+    ended = [("first", 0), ("first", 1), ("second", 0)]
+    by_sample = [ended[1], ended[2], ended[0]]
+    rollouts = tuple(
+        Rollout(*place, known, Verdict.from_reward(1.0)) for place, known in zip(by_sample, facts, strict=True)
+    )
+    group = Group(0, "train/0", "prompt", 4, 0, rollouts)
+    # The lists one after the other: "first" has places 0 and 1, "second" has 2.
+    assert (group.payloads, group.places) == (["first", "second"], [1, 2, 0])
+    [((plan,), payloads)] = pack([Experience(group, (1.0, -1.0, 0.5), "reference")], 1, 100, True)
+    [[bundle]] = plan.micro_batches
+    assert {item.advantage: item.reference and item.reference[1] for item in bundle.items} == {1.0: 1, -1.0: 2, 0.5: 0}
+
+
 @given(experiences=_experiences(), ranks=st.integers(1, 4))
 def test_pack_without_kl_has_no_reference(experiences: list[Experience], ranks: int) -> None:
     assert all(item.reference is None for plan, _ in _pack(experiences, ranks, 60, True) for _, item in _items(plan))
