@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from maspo_ray.config import KLConfig, LearnerConfig, ModelConfig, ObjectiveConfig
+from maspo_ray.config import KLConfig, LearnerConfig, ModelConfig, ObjectiveConfig, UpdateOrder
 from maspo_ray.errors import ConfigError
-from maspo_ray.experience import UpdateReport
+from maspo_ray.experience import PublishReport, UpdateReport
 from maspo_ray.packing import Bundle, RankPlan
 from maspo_ray.weight_sync import Backend
 
@@ -219,19 +219,23 @@ class DeepSpeedLearner:
         return completion_logprobs(self._engine, bundles, self._temperature, self._device, limit)
 
     def connect(
-        self, rollout_handles: Sequence[Any], workers_per_engine: int, backend: Backend, timeout_s: float
+        self,
+        rollout_handles: Sequence[Any],
+        workers_per_engine: int,
+        update: UpdateOrder,
+        backend: Backend,
+        timeout_s: float,
     ) -> None:
         from actors.weight_source import EngineWeightSource
-        from maspo_ray.weight_sync.publisher import RolloutClient, WeightPublisher
+        from maspo_ray.weight_sync.publisher import WeightPublisher, clients_of
 
         source = EngineWeightSource(self._weights)
-        client = RolloutClient(rollout_handles, workers_per_engine, timeout_s)
-        self._publisher = WeightPublisher(source, client, backend, self._rank, self._address, timeout_s)
+        clients = clients_of(rollout_handles, workers_per_engine, update, timeout_s)
+        self._publisher = WeightPublisher(source, clients, backend, self._rank, self._address, timeout_s)
 
-    def publish(self, version: int) -> dict[str, float]:
-        started = perf_counter()
-        self._publisher.publish(version)
-        return {"time/publish_s": perf_counter() - started}
+    def publish(self, version: int) -> PublishReport:
+        report: PublishReport = self._publisher.publish(version)
+        return report
 
     def save(self, folder: str) -> None:
         from transformers import AutoTokenizer

@@ -68,6 +68,24 @@ def spans_since(version: int, stamps: Sequence[Any]) -> tuple[VersionSpan, ...]:
     return (VersionSpan(min(version, spans[0].version), spans[0].start, spans[0].end), *spans[1:])
 
 
+class _RunningGroup:
+    """The requests of one prompt that have not ended.
+
+    Attributes:
+        version: the oldest that one of its completions began at; None before the first.
+        expired: whether they were cancelled because of it.
+    """
+
+    def __init__(self) -> None:
+        self.running: set[asyncio.Task[Completion]] = set()
+        self.version: int | None = None
+        self.expired = False
+
+    def cancel(self) -> None:
+        for task in self.running:
+            task.cancel()
+
+
 class VLLMRollout:
     """One engine. See `maspo_ray.protocols.RolloutActor`."""
 
@@ -81,6 +99,7 @@ class VLLMRollout:
         self._seed = seed
         self._version = 0
         self._num_requests = 0
+        self._groups: set[_RunningGroup] = set()
         # Clear while weights change.
         self._steady = asyncio.Event()
         # What waits for a place waits here, where no version is fixed for it yet, and not in the engine.
@@ -103,23 +122,40 @@ class VLLMRollout:
     async def generate(
         self, prompt: Prompt, *, temperature: float, max_new_tokens: int, seeds: Sequence[int | None]
     ) -> AsyncIterator[list[Completion] | list[CompletionFacts]]:
-        running = {
-            asyncio.create_task(self._complete(prompt, temperature, max_new_tokens, sample, seed))
+        group = _RunningGroup()
+        group.running = {
+            asyncio.create_task(self._complete(group, prompt, temperature, max_new_tokens, sample, seed))
             for sample, seed in enumerate(seeds)
         }
+        self._groups.add(group)
         try:
-            while running:
+            while group.running:
                 # What ends in one step of the engine comes out together.
-                ended, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                completions = [task.result() for task in ended]
+                ended, group.running = await asyncio.wait(group.running, return_when=asyncio.FIRST_COMPLETED)
+                completions = [] if group.expired else [task.result() for task in ended]
                 yield completions
                 yield [CompletionFacts.of(completion) for completion in completions]
+                if group.expired:
+                    return
         finally:
-            for task in running:
-                task.cancel()
+            self._groups.remove(group)
+            group.cancel()
+
+    async def expire(self, oldest_version: int) -> None:
+        for group in self._groups:
+            if group.version is not None and group.version < oldest_version:
+                group.expired = True
+                # Cancelled requests are aborted in the engine.
+                group.cancel()
 
     async def _complete(
-        self, prompt: Prompt, temperature: float, max_new_tokens: int, sample: int, seed: int | None
+        self,
+        group: "_RunningGroup",
+        prompt: Prompt,
+        temperature: float,
+        max_new_tokens: int,
+        sample: int,
+        seed: int | None,
     ) -> Completion:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -134,6 +170,7 @@ class VLLMRollout:
         async with self._places:
             await self._steady.wait()
             salted = self._version
+            group.version = min(salted, salted if group.version is None else group.version)
             output = (await self._run(prompt.token_ids, parameters, salted)).outputs[0]
         # Missing would otherwise read as log-prob 0, which is probability 1.
         assert output.logprobs is not None and len(output.logprobs) == len(output.token_ids), "a token has no log-prob"
@@ -167,6 +204,9 @@ class VLLMRollout:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
+
+    async def stage_weights(self, update_info: dict[str, Any]) -> None:
+        await self._engine.collective_rpc("stage_weights", args=(update_info,))
 
     async def start_weight_update(self) -> None:
         self._steady.clear()

@@ -2,8 +2,9 @@
 
     python -m bench.weight_sync
 
-bandwidth_over_gloo    bytes/s that an engine takes up, loading included / a bare Gloo broadcast of the same buckets between two
-                       processes
+bandwidth_over_gloo    bytes/s that an engine without requests receives, packing included / a bare Gloo broadcast of the same
+                       buckets between two processes
+busy_bandwidth_over_gloo  the same of an engine that generates meanwhile, which takes a core of its own
 stall_s_p50, _p95      from the pause to the first token after it, of a request that runs through the update
 stall_over_copy        the median stall / the time of copying the same bytes in memory once
 stall_over_first       the median stall / that of this project's first version, which packed within the pause and let the engine
@@ -33,6 +34,7 @@ from actors.vllm_rollout import VLLMRollout
 from maspo_ray.cluster import connected
 from maspo_ray.config import ModelConfig, PlacementConfig, RolloutConfig
 from maspo_ray.experience import Prompt
+from maspo_ray.fleet import CPU_ALLOCATOR
 from maspo_ray.weight_sync import free_port
 from maspo_ray.weight_sync.buckets import cut_buckets
 from maspo_ray.weight_sync.gloo_engine import (
@@ -40,6 +42,7 @@ from maspo_ray.weight_sync.gloo_engine import (
     GlooTrainerInitInfo,
     GlooTrainerWeightTransferEngine,
     GlooUpdateInfo,
+    GlooWorkerExtension,
     _fill,
     _start_broadcast,
     _together,
@@ -51,13 +54,24 @@ REQUESTS, PROMPT_TOKENS, NEW_TOKENS = 16, 40, 400
 TIMEOUT_S = 120.0
 
 
+class ProbedWorker(GlooWorkerExtension):
+    def wait_until_received(self) -> None:
+        for _, _, work in self.weight_transfer_engine._staged:
+            work.wait()
+
+
+class ProbedClient(RolloutClient):
+    def wait_until_received(self) -> None:
+        ray.get([handle.wait_until_received.remote() for handle in self._handles])
+
+
 class ProbedRollout(VLLMRollout):
     """An engine that notes when it was paused, when the transfer ended, and when a request's tokens came."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
         self._tokens_at: list[float] = []
-        self._paused_at = self._resumed_at = self._transferred_s = 0.0
+        self._paused_at = self._resumed_at = 0.0
         self._recomputes = False
 
     async def probe(self, token_ids: Any) -> None:
@@ -81,10 +95,8 @@ class ProbedRollout(VLLMRollout):
         self._paused_at = perf_counter()
         await super().start_weight_update()
 
-    async def update_weights(self, update_info: dict[str, Any]) -> None:
-        started = perf_counter()
-        await super().update_weights(update_info)
-        self._transferred_s = perf_counter() - started
+    async def wait_until_received(self) -> None:
+        await self._engine.collective_rpc("wait_until_received")
 
     async def finish_weight_update(self, weight_version: int) -> None:
         if self._recomputes:
@@ -92,16 +104,29 @@ class ProbedRollout(VLLMRollout):
         await super().finish_weight_update(weight_version)
         self._resumed_at = perf_counter()
 
-    async def stall(self) -> tuple[float, float]:
-        """Returns the seconds from the last pause to the first token after it, and those of the transfer."""
+    async def stall(self) -> float:
+        """Returns the seconds from the last pause to the first token after it."""
         later = [at for at in self._tokens_at if at > self._resumed_at]
         assert later, "no token came after the update: raise NEW_TOKENS"
-        return later[0] - self._paused_at, self._transferred_s
+        return later[0] - self._paused_at
 
     async def rest(self) -> None:
         """Returns when the engine has nothing to do."""
         while self._engine.output_processor.has_unfinished_requests():
             await asyncio.sleep(0.1)
+
+
+class Timed(GlooTrainerWeightTransferEngine):
+    """The sender, which takes down the seconds until all bytes have arrived."""
+
+    transferred_s = 0.0
+
+    def _transfer(self, info: GlooUpdateInfo, meta: list[ParamMeta]) -> None:
+        assert isinstance(self.client, ProbedClient)
+        started = perf_counter()
+        super()._transfer(info, meta)
+        self.client.wait_until_received()
+        self.transferred_s = perf_counter() - started
 
 
 class PackedInThePause(GlooTrainerWeightTransferEngine):
@@ -110,8 +135,14 @@ class PackedInThePause(GlooTrainerWeightTransferEngine):
     def send_weights(self) -> None:
         assert self.source is not None
         meta = self.source.metadata()
+        info = asdict(update_info(meta))
+
+        def take_up() -> None:
+            self.client.stage_weights(info)
+            self.client.update_weights(info)
+
         self.client.start_weight_update()
-        _together(lambda: self.client.update_weights(asdict(update_info(meta))), lambda: self._stream(meta))
+        _together(take_up, lambda: self._stream(meta))
         self.client.finish_weight_update()
 
     def _stream(self, meta: list[ParamMeta]) -> None:
@@ -138,11 +169,12 @@ def update_info(meta: Sequence[ParamMeta]) -> GlooUpdateInfo:
 class Receiver:
     """The other end of a bare broadcast."""
 
-    def join(self, address: str, port: int) -> None:
+    def join(self, address: str, port: int, sizes: Sequence[int]) -> None:
+        self._buffers = [torch.zeros(size, dtype=torch.uint8) for size in sizes]
         self._group = join_group(address, port, 1, 2, TIMEOUT_S)
 
-    def receive(self, sizes: Sequence[int]) -> None:
-        for work in [_start_broadcast(self._group, torch.empty(size, dtype=torch.uint8)) for size in sizes]:
+    def receive(self) -> None:
+        for work in [_start_broadcast(self._group, buffer) for buffer in self._buffers]:
             work.wait()
 
 
@@ -150,14 +182,14 @@ def bare_broadcast(sizes: Sequence[int]) -> Callable[[], float]:
     """Returns what sends buckets of such sizes to another process, and returns the seconds."""
     receiver: Any = ray.remote(Receiver).options(num_cpus=0.1).remote()
     address, port = ray.util.get_node_ip_address(), free_port()
-    joined = receiver.join.remote(address, port)
+    joined = receiver.join.remote(address, port, sizes)
     group = join_group(address, port, 0, 2, TIMEOUT_S)
     ray.get(joined)
     buffers = [torch.zeros(size, dtype=torch.uint8) for size in sizes]
 
     def send() -> float:
         started = perf_counter()
-        received = receiver.receive.remote(sizes)
+        received = receiver.receive.remote()
         for work in [_start_broadcast(group, buffer) for buffer in buffers]:
             work.wait()
         ray.get(received)
@@ -176,10 +208,18 @@ def copy_seconds(num_bytes: int) -> float:
 def start_engine(model: str, dtype: Any) -> Any:
     engine: Any = (
         ray.remote(ProbedRollout)
-        .options(num_cpus=1, max_concurrency=200)
+        # As in a run.
+        .options(num_cpus=1, max_concurrency=200, runtime_env={"env_vars": CPU_ALLOCATOR})
         .remote(
             model=ModelConfig(path=model, dtype=dtype),
-            rollout=RolloutConfig(kv_cache_gib=1.0, max_concurrent_requests=REQUESTS + 1),
+            # Not validated: a run's config may not name another worker.
+            rollout=RolloutConfig().model_copy(
+                update={
+                    "kv_cache_gib": 1.0,
+                    "max_concurrent_requests": REQUESTS + 1,
+                    "engine": {"worker_extension_cls": "bench.weight_sync.ProbedWorker"},
+                }
+            ),
             max_model_tokens=PROMPT_TOKENS + NEW_TOKENS,
             threads=1,
             seed=0,
@@ -193,7 +233,7 @@ def measure(model_path: str, dtype: Any, repeats: int) -> dict[str, Any]:
     engine = start_engine(model_path, dtype)
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, dtype))
     meta = ModuleSource(model).metadata()
-    client = RolloutClient([engine], 1, TIMEOUT_S)
+    client = ProbedClient([engine], 1, TIMEOUT_S)
 
     def sender(kind: type[GlooTrainerWeightTransferEngine]) -> GlooTrainerWeightTransferEngine:
         info = GlooTrainerInitInfo(
@@ -210,13 +250,19 @@ def measure(model_path: str, dtype: Any, repeats: int) -> dict[str, Any]:
     bare = bare_broadcast(sizes)
     version = 0
 
-    def update(kind: type[GlooTrainerWeightTransferEngine]) -> tuple[float, float]:
-        """Returns the stall and the transfer's seconds, of an update while requests run."""
+    def send(kind: type[GlooTrainerWeightTransferEngine]) -> float:
+        """Returns the seconds until all bytes of an update have arrived, where the sender takes them down."""
         nonlocal version
         version += 1
+        client.version = version
         # An engine has one transfer group; each sender brings its own.
         publisher = sender(kind)
-        client.version = version
+        publisher.send_weights()
+        publisher.shutdown()
+        return publisher.transferred_s if isinstance(publisher, Timed) else 0.0
+
+    def update(kind: type[GlooTrainerWeightTransferEngine]) -> tuple[float, float]:
+        """Returns the stall and the transfer's seconds, of an update while requests run."""
         ray.get(engine.as_first_version.remote(kind is PackedInThePause))
         prompt = Prompt("bench", "", np.arange(10, 10 + PROMPT_TOKENS, dtype=np.int32), "")
         running = engine.generate.options(num_returns="streaming").remote(
@@ -225,22 +271,20 @@ def measure(model_path: str, dtype: Any, repeats: int) -> dict[str, Any]:
         probed = engine.probe.remote(prompt.token_ids.tolist())
         # Past their prompts.
         ray.wait([probed], timeout=3.0)
-        publisher.send_weights()
+        transferred_s = send(kind)
         ray.wait([probed], timeout=3.0)
         stalled = ray.get(engine.stall.remote())
         ray.cancel(running)
         ray.cancel(probed)
         ray.get(engine.rest.remote())
-        publisher.shutdown()
-        return stalled
+        return stalled, transferred_s
 
     rows: list[dict[str, float]] = []
     for _ in range(repeats + 1):
-        stall, transfer = update(GlooTrainerWeightTransferEngine)
+        stall, busy = update(Timed)
         first, _ = update(PackedInThePause)
-        rows.append(
-            {"stall": stall, "transfer": transfer, "first": first, "bare": bare(), "copy": copy_seconds(weight_bytes)}
-        )
+        row = {"transfer": send(Timed), "bare": bare(), "copy": copy_seconds(weight_bytes)}
+        rows.append(row | {"stall": stall, "busy": busy, "first": first})
     return {"weight_bytes": weight_bytes, "rows": rows[1:]}
 
 
@@ -258,6 +302,7 @@ def main() -> None:
     rows = found["rows"]
     ratios = {
         "bandwidth_over_gloo": [row["bare"] / row["transfer"] for row in rows],
+        "busy_bandwidth_over_gloo": [row["bare"] / row["busy"] for row in rows],
         "stall_over_copy": [row["stall"] / row["copy"] for row in rows],
         "stall_over_first": [row["stall"] / row["first"] for row in rows],
     }
@@ -268,9 +313,9 @@ def main() -> None:
     print(f"{found['weight_bytes'] / 1e6:.0f} MB in {options.dtype}, {REQUESTS} requests running, {len(rows)} updates")
     for name, value in (figures | seconds).items():
         low, high = spread.get(name, (stalls[0], stalls[-1]))
-        print(f"{name:22s} {value:8.3f}  ({low:.3f} to {high:.3f})")
-    for name in ("transfer", "bare", "copy", "first"):
-        print(f"{name + '_s':22s} {statistics.median(row[name] for row in rows):8.3f}")
+        print(f"{name:24s} {value:8.3f}  ({low:.3f} to {high:.3f})")
+    for name in ("transfer", "busy", "bare", "copy", "first"):
+        print(f"{name + '_s':24s} {statistics.median(row[name] for row in rows):8.3f}")
     print(json.dumps({"bench": "weight_sync", "dtype": options.dtype, **figures, **seconds, "spread": spread}))
 
 

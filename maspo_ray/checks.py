@@ -71,7 +71,8 @@ class Evaluator:
                 )
                 for i, (prompt, tokens) in enumerate(self._prompts)
             ]
-        verdicts = [rollout.verdict for task in tasks for rollout in task.result()]
+        # No weights change meanwhile, so that nothing is ended for its age.
+        verdicts = [rollout.verdict for task in tasks for rollout in task.result() or ()]
         scored = [verdict.correct for verdict in verdicts if verdict.outcome is Outcome.SCORED]
         accuracy = sum(scored) / len(scored) if scored else float("nan")
         return EvalResult(accuracy, len(self._prompts), samples, len(verdicts) - len(scored))

@@ -36,6 +36,7 @@ from maspo_ray.config_sections import (
     RoleConfig,
     RolloutConfig,
     Section,
+    UpdateOrder,
 )
 from maspo_ray.errors import ConfigError, describe_flag_error, describe_validation_errors
 
@@ -67,6 +68,7 @@ __all__ = [
     "RolloutConfig",
     "RunConfig",
     "Section",
+    "UpdateOrder",
     "load_config",
 ]
 

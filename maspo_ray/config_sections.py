@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Dtype = Literal["float32", "bfloat16"]
+UpdateOrder = Literal["together", "rolling"]
 ParityStatistic = Literal["max", "mean"]
 
 
@@ -133,6 +134,9 @@ class RolloutConfig(RoleConfig):
     """Longest prompt and completion together; by default data.max_prompt_tokens + rollout.max_new_tokens."""
     kv_cache_gib: float = Field(0.25, gt=0)
     """KV cache of an engine that runs on CPU; on a GPU vLLM takes `gpu_memory_utilization` from `engine`."""
+    update: UpdateOrder = "together"
+    """How replicas change their weights: all at once, with one transfer; or one after the other, so that the rest go on generating,
+    with a transfer each."""
     engine: dict[str, Any] = {}
     """Passed through to vLLM's `AsyncEngineArgs`; the keys that the sections set are refused."""
 

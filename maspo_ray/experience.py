@@ -206,3 +206,16 @@ class UpdateReport:
     metrics: dict[str, float]
     applied: bool
     faulty_groups: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PublishReport:
+    """What publishing a version took, in seconds from its start.
+
+    Attributes:
+        seconds: until every engine had it.
+        pauses: for each engine, when it stopped and when it went on.
+    """
+
+    seconds: float
+    pauses: tuple[tuple[float, float], ...]

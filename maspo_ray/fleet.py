@@ -7,7 +7,7 @@ fails to set up is named with its cause; `shutdown` leaves none behind.
 import asyncio
 import os
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -21,6 +21,8 @@ from maspo_ray.reward_host import RewardHost
 from maspo_ray.weight_sync import backend_for
 
 _SHUTDOWN_S = 5.0
+_TRANSFER_CALLS = 6
+"""A transfer is at most so many calls, one after the other, each with the deadline `pipeline.weight_sync_timeout_s`."""
 _MAX_CALLS = 4096
 """Calls that an async actor holds at once; what it works on at once is its engine's affair."""
 CPU_ALLOCATOR = {
@@ -28,7 +30,8 @@ CPU_ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
     "MALLOC_TOP_PAD_": "268435456",
 }
-"""Without these glibc returns large blocks to the system after each step and faults them in again: 10-25 % of a CPU step."""
+"""Without these glibc returns large blocks to the system after each step and faults them in again: 10-25 % of a CPU step, and a third
+of the time in which an engine loads weights."""
 
 
 class Fleet:
@@ -132,6 +135,7 @@ class Fleet:
             "connect",
             self.of_role("rollout"),
             max(1, int(rollout.gpus)),
+            rollout.update,
             backend_for(rollout.gpus),
             self._config.pipeline.weight_sync_timeout_s,
         )
@@ -141,12 +145,22 @@ class Fleet:
         return await self.learners_each(method, [arguments] * self._world_size)
 
     async def learners_each(self, method: str, arguments: Sequence[Sequence[Any]]) -> Any:
-        """Calls a method on every rank at once, each with its own arguments; returns what rank 0 returns."""
-        calls = [
-            named(f"learner/{rank} failed in {method}", getattr(handle, method).remote(*arguments[rank]))
-            for rank, handle in enumerate(self.of_role("learner"))
-        ]
-        return (await asyncio.gather(*calls))[0]
+        """Calls a method on every rank at once, each with its own arguments; returns what rank 0 returns.
+
+        Raises:
+            RunError: a rank failed, or did not answer by its deadline; it is named.
+        """
+        calls = {
+            f"learner/{rank}": named(f"learner/{rank} failed in {method}", getattr(handle, method).remote(*given))
+            for rank, (handle, given) in enumerate(zip(self.of_role("learner"), arguments, strict=True))
+        }
+        pipeline = self._config.pipeline
+        field, seconds = "step_timeout_s", pipeline.step_timeout_s
+        if method in ("connect", "publish"):
+            # A transfer's own deadlines come first and name the rollout actor.
+            transfers = len(self.of_role("rollout")) if self._config.rollout.update == "rolling" else 1
+            field, seconds = "weight_sync_timeout_s", _TRANSFER_CALLS * transfers * pipeline.weight_sync_timeout_s
+        return (await all_within(seconds, f"in {method}; its deadline follows from pipeline.{field}", calls))[0]
 
     async def shutdown(self) -> None:
         """Lets every actor that can end itself do so, within a deadline, then ends all."""
@@ -155,6 +169,26 @@ class Fleet:
         for handles in self._actors.values():
             for handle in handles:
                 ray.kill(handle)
+
+
+async def all_within(seconds: float, where: str, calls: Mapping[str, Coroutine[Any, Any, Any]]) -> list[Any]:
+    """Returns what the calls return, by name, in their order; ends the others when one fails.
+
+    Raises:
+        RunError: some did not return in time; they are named.
+    """
+    tasks = {name: asyncio.ensure_future(call) for name, call in calls.items()}
+    try:
+        done, late = await asyncio.wait(tasks.values(), timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
+        for task in done:
+            task.result()
+        if late:
+            names = ", ".join(name for name, task in tasks.items() if task in late)
+            raise RunError(f"{names} did not answer within {seconds:g} s {where}. See its log, or raise that.")
+        return [task.result() for task in tasks.values()]
+    finally:
+        for task in tasks.values():
+            task.cancel()
 
 
 async def within(seconds: float, missed: str, call: Awaitable[Any]) -> Any:
@@ -197,6 +231,6 @@ def actor_environment(slot: Slot, threads: int) -> dict[str, str]:
     if slot.gpus == 0:
         # Ray 2.60 leaves all GPUs of the node visible to an actor that asked for none.
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    if slot.role == "learner" and slot.gpus == 0:
+    if slot.role != "reward" and slot.gpus == 0:
         environment |= CPU_ALLOCATOR
     return environment

@@ -14,8 +14,8 @@ from maspo_ray.buffer import ReadyBuffer
 from maspo_ray.checks import Evaluator, Parity, ParityCheck
 from maspo_ray.config import RunConfig
 from maspo_ray.errors import RunError
-from maspo_ray.experience import Experience, Group, Outcome, Prompt, UpdateReport
-from maspo_ray.fleet import Fleet, within
+from maspo_ray.experience import Experience, Group, Outcome, Prompt, PublishReport, UpdateReport
+from maspo_ray.fleet import Fleet
 from maspo_ray.ledger import GroupLedger, GroupOutcome
 from maspo_ray.metrics import StepMetrics, combine_updates
 from maspo_ray.packing import pack
@@ -112,6 +112,11 @@ class Pipeline:
             max_new_tokens=rollout.max_new_tokens,
             seeds=seeds,
         )
+        if rollouts is None:
+            self._ledger.end(group_id, GroupOutcome.STALE, cause="cancelled: it could no longer be trained on in time")
+            self._gate.give_back_running()
+            self._admission.set()
+            return
         group = Group(group_id, prompt.prompt_id, reference, len(prompt.token_ids), version, rollouts)
         self._measure(group)
         advantages = group_advantages(group.rewards, self._config.advantage)
@@ -218,10 +223,8 @@ class Pipeline:
         updates = learner.updates_per_batch
         plans = pack(batch, ranks, learner.max_tokens_per_micro_batch, self._fleet.shares_prompts, updates)
         with self._timeline.span("learner", "train", step=step):
-            reports: list[UpdateReport] = await within(
-                self._config.pipeline.step_timeout_s,
-                f"step {step} did not end within pipeline.step_timeout_s",
-                self._fleet.learners_each("train_step", [(step - 1, own, *payloads) for own, payloads in plans]),
+            reports: list[UpdateReport] = await self._fleet.learners_each(
+                "train_step", [(step - 1, own, *payloads) for own, payloads in plans]
             )
         learned = combine_updates([report.metrics for report in reports]) | await self._publish(step)
         self._gate.publish(step)
@@ -240,14 +243,13 @@ class Pipeline:
         return learned
 
     async def _publish(self, version: int) -> dict[str, float]:
-        # The client's own deadlines come first and name the actor; a collective that hangs has none of its own.
         with self._timeline.span("learner", "publish", version=version):
-            timings: dict[str, float] = await within(
-                2 * self._config.pipeline.weight_sync_timeout_s,
-                f"version {version} was not published within twice pipeline.weight_sync_timeout_s",
-                self._fleet.learners("publish", version),
-            )
-        return timings
+            started = monotonic()
+            report: PublishReport = await self._fleet.learners("publish", version)
+        for replica, (stopped, went_on) in enumerate(report.pauses):
+            self._timeline.add(f"rollout/{replica}", "paused", started + stopped, started + went_on)
+        stalls = [went_on - stopped for stopped, went_on in report.pauses]
+        return {"time/publish_s": report.seconds, "time/rollout_paused_s": sum(stalls) / len(stalls)}
 
     async def _check_parity(self, version: int) -> Parity:
         with self._timeline.span("learner", "parity", version=version):

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from maspo_ray.experience import Completion, CompletionFacts, Prompt, UpdateReport, Verdict
+from maspo_ray.config import UpdateOrder
+from maspo_ray.experience import Completion, CompletionFacts, Prompt, PublishReport, UpdateReport, Verdict
 from maspo_ray.packing import RankPlan
 from maspo_ray.weight_sync import Backend
 
@@ -44,12 +45,21 @@ class RolloutActor(Protocol):
         """Yields the completions of a prompt, one for each seed, as they end; `sample` is the seed's place.
 
         Two objects at a time: a list of the completions that have ended since the last, which stays in the object store,
-        and the list of what the controller may know of them. An async generator; a seed of None leaves it to the engine.
+        and the list of what the controller may know of them. An async generator; a seed of None leaves it to the engine. Two
+        empty lists are the last objects of a prompt that `expire` has ended.
         """
+        ...
+
+    async def expire(self, oldest_version: int) -> None:
+        """Ends the prompts of which a token was sampled by weights older than `oldest_version`, and frees what they hold."""
         ...
 
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Joins the learner's transfer group; `init_info` is the backend's."""
+        ...
+
+    async def stage_weights(self, update_info: dict[str, Any]) -> None:
+        """Begins to receive, while generation goes on; the `gloo` backend's alone."""
         ...
 
     async def start_weight_update(self) -> None:
@@ -57,7 +67,7 @@ class RolloutActor(Protocol):
         ...
 
     async def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Receives and loads; runs while the learner sends."""
+        """Receives, where that is not done yet, and loads."""
         ...
 
     async def finish_weight_update(self, weight_version: int) -> None:
@@ -107,13 +117,18 @@ class LearnerActor(Protocol):
         ...
 
     def connect(
-        self, rollout_handles: Sequence[Any], workers_per_engine: int, backend: Backend, timeout_s: float
+        self,
+        rollout_handles: Sequence[Any],
+        workers_per_engine: int,
+        update: UpdateOrder,
+        backend: Backend,
+        timeout_s: float,
     ) -> None:
-        """Opens the weight-transfer group to the rollout actors; each has so many vLLM workers."""
+        """Opens the weight-transfer groups to the rollout actors; each has so many vLLM workers."""
         ...
 
-    def publish(self, version: int) -> dict[str, float]:
-        """Sends the weights to every rollout actor as `version`; returns timings in seconds."""
+    def publish(self, version: int) -> PublishReport:
+        """Sends the weights to every rollout actor as `version`."""
         ...
 
     def save(self, folder: str) -> None:

@@ -66,8 +66,8 @@ class RolloutPool:
 
     async def sample(
         self, prompt: Any, prompt_tokens: int, *, temperature: float, max_new_tokens: int, seeds: Sequence[int | None]
-    ) -> tuple[Rollout, ...]:
-        """Returns a rollout for each seed, in their order, all of one prompt.
+    ) -> tuple[Rollout, ...] | None:
+        """Returns a rollout for each seed, in their order, all of one prompt; None where `expire` has ended it.
 
         Args:
             prompt: refers to the `Prompt`.
@@ -86,10 +86,14 @@ class RolloutPool:
         self.idle.started(engine, monotonic())
         try:
             async with asyncio.TaskGroup() as scoring:
-                scored = []
+                scored: list[asyncio.Task[list[Rollout]]] = []
                 with self._timeline.span(f"rollout/{engine}", "generate", samples=len(seeds)):
                     async for payload in stream:
                         facts = await self._facts(failure, payload, await named(failure, anext(stream, None)))
+                        if not facts:
+                            for task in scored:
+                                task.cancel()
+                            return None
                         self._outstanding_tokens[engine] -= cost * len(facts)
                         outstanding -= cost * len(facts)
                         self.tokens_generated += sum(fact.num_tokens for fact in facts)
@@ -103,6 +107,11 @@ class RolloutPool:
             raise RunError(f"{failure}: {len(rollouts)} of {len(seeds)} completions came. See its log.")
         assert [rollout.facts.sample for rollout in by_sample] == list(range(len(seeds))), "a sample came twice"
         return tuple(by_sample)
+
+    async def expire(self, oldest_version: int) -> None:
+        """Lets every engine end what has tokens older than `oldest_version`; their `sample` returns None."""
+        calls = [engine.expire.remote(oldest_version) for engine in self._rollout]
+        await asyncio.gather(*(named(f"rollout/{i} failed to expire", call) for i, call in enumerate(calls)))
 
     @staticmethod
     async def _facts(failure: str, payload: Any, following: Any) -> list[CompletionFacts]:

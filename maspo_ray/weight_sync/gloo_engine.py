@@ -1,16 +1,17 @@
 """Weight transfer over Gloo, for where there is no GPU: an engine for vLLM's worker and its trainer-side twin.
 
-Promise: the same calls in the same order as vLLM's `nccl` backend, registered beside it under the name `gloo`, so that the
-learner and the rollout actor do not know which of them carries the weights. vLLM imports this module in the engine's process
-through `worker_extension_cls` (see `GlooWorkerExtension`), before it builds its transfer engine.
+Promise: the same calls in the same order as vLLM's `nccl` backend, registered beside it under the name `gloo`, so that neither the
+learner nor the pipeline know which of them carries the weights; and before them one more, `stage_weights`, by which the bytes
+arrive while the engine still generates. vLLM imports this module in the engine's process through `worker_extension_cls` (see
+`GlooWorkerExtension`), before it builds its transfer engine.
 """
 
 import socket
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import torch
 from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroupGloo, TCPStore
@@ -26,10 +27,13 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
 
+from maspo_ray.errors import RunError
 from maspo_ray.weight_sync.buckets import Bucket, cut_buckets
 
 T = TypeVar("T")
 BUCKET_BYTES = 64 * 2**20
+_GRACE_S = 5.0
+"""Between the deadlines of the two sides of a transfer, which are of the same length."""
 
 
 @dataclass(kw_only=True)
@@ -86,6 +90,19 @@ def join_group(address: str, port: int, rank: int, world_size: int, timeout_s: f
     return ProcessGroupGloo(PrefixStore("maspo_ray/weights", store), rank, world_size, options)
 
 
+class _Buffers:
+    """A buffer for each bucket, kept from one update to the next: new memory costs its first touch, which is most of a copy."""
+
+    def __init__(self) -> None:
+        self._buffers: list[torch.Tensor] = []
+
+    def of(self, buckets: Sequence[Bucket]) -> list[torch.Tensor]:
+        """Returns a tensor [num_bytes] uint8 for each bucket."""
+        if [bucket.num_bytes for bucket in buckets] != [len(buffer) for buffer in self._buffers]:
+            self._buffers = [torch.empty(bucket.num_bytes, dtype=torch.uint8) for bucket in buckets]
+        return self._buffers
+
+
 def _start_broadcast(group: ProcessGroupGloo, buffer: torch.Tensor) -> Any:
     options = BroadcastOptions()
     options.rootRank = 0
@@ -93,15 +110,17 @@ def _start_broadcast(group: ProcessGroupGloo, buffer: torch.Tensor) -> Any:
 
 
 class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
-    """Worker side: receives bucket after bucket, loading one while the next arrives."""
+    """Worker side: receives while the engine generates, loads while it is paused."""
 
     init_info_cls = GlooInitInfo
     update_info_cls = GlooUpdateInfo
 
     _group: ProcessGroupGloo | None = None
     _bucket_bytes: int = BUCKET_BYTES
+    _staged: tuple[tuple[Bucket, torch.Tensor, Any], ...] = ()
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
+        self._buffers = _Buffers()
         config = self.parallel_config
         rank = init_info.rank_offset + config.data_parallel_index * config.world_size + config.rank
         self._bucket_bytes = init_info.bucket_bytes
@@ -114,20 +133,20 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
 
         initialize_layerwise_reload(self.model)
 
-    def receive_weights(self, update_info: GlooUpdateInfo) -> None:
-        assert self._group is not None, "init_transfer_engine comes before receive_weights"
+    def stage(self, update_info: GlooUpdateInfo) -> None:
+        """Begins to receive, on Gloo's own threads, and returns at once."""
+        group = self._group
+        assert group is not None, "init_transfer_engine comes before stage"
         # Each bucket has a buffer of its own: the layerwise reload keeps views of it until the layer is complete.
-        pending: tuple[Bucket, torch.Tensor, Any] | None = None
-        for bucket in update_info.buckets(self._bucket_bytes):
-            buffer = torch.empty(bucket.num_bytes, dtype=torch.uint8)
-            work = _start_broadcast(self._group, buffer)
-            self._load(pending)
-            pending = (bucket, buffer, work)
-        self._load(pending)
+        buckets = update_info.buckets(self._bucket_bytes)
+        buffers = self._buffers.of(buckets)
+        works = [_start_broadcast(group, buffer) for buffer in buffers]
+        self._staged = tuple(zip(buckets, buffers, works, strict=True))
 
-    def _load(self, pending: tuple[Bucket, torch.Tensor, Any] | None) -> None:
-        if pending is not None:
-            bucket, buffer, work = pending
+    def receive_weights(self, update_info: GlooUpdateInfo) -> None:
+        staged, self._staged = self._staged, ()
+        assert [e.name for bucket, *_ in staged for e in bucket.entries] == update_info.names, "stage comes first"
+        for bucket, buffer, work in staged:
             work.wait()
             self.model.load_weights(bucket.views(buffer))  # type: ignore[operator]
 
@@ -153,14 +172,29 @@ def repack_tied_lm_head(model: torch.nn.Module) -> None:
         method.process_weights_after_loading(lm_head)
 
 
+class StagingClient(VLLMWeightSyncClient, Protocol):
+    """vLLM's client to the engines, with the call that it lacks."""
+
+    def stage_weights(self, update_info: dict[str, Any]) -> None:
+        """Lets the engines begin to receive; returns when all have begun."""
+        ...
+
+    def check(self) -> None:
+        """Raises where an engine is gone, and names it."""
+        ...
+
+
 class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
     """Trainer side: rank 0 sends; the other ranks only take part in gathering what the source materialises."""
 
     init_info_cls = GlooTrainerInitInfo
 
+    client: StagingClient
+
     def __init__(self, *, init_info: GlooTrainerInitInfo, client: VLLMWeightSyncClient, source: WeightSource) -> None:
         super().__init__(client=client, source=source, is_sender=init_info.is_sender)
         self._bucket_bytes = init_info.bucket_bytes
+        self._buffers = _Buffers()
         self._group: ProcessGroupGloo | None = None
 
     @classmethod
@@ -198,27 +232,35 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
             dtype_names=[str(m.dtype).removeprefix("torch.") for m in meta],
             shapes=[list(m.shape) for m in meta],
         )
-        # Packed while the engines still generate: their pause is for the transfer alone, at the price of a copy of the weights.
-        buffers = self._packed(meta)
+        # Packed, sent and received while the engines still generate: their pause is for loading alone, at the price of a copy of
+        # the weights on either side.
+        self._transfer(info, meta)
         self.client.start_weight_update()
-        _together(lambda: self.client.update_weights(asdict(info)), lambda: self._broadcast(buffers))
+        self.client.update_weights(asdict(info))
         self.client.finish_weight_update()
 
-    def _packed(self, meta: list[ParamMeta]) -> list[torch.Tensor]:
-        """Returns the buckets, filled. Where the source gathers, the other ranks take part."""
-        assert self.source is not None
+    def _transfer(self, info: GlooUpdateInfo, meta: list[ParamMeta]) -> None:
+        try:
+            _together(lambda: self.client.stage_weights(asdict(info)), lambda: self._broadcast(meta))
+        except RuntimeError as error:
+            # Gloo knows that a peer is gone, not which.
+            if not isinstance(error, RunError):
+                self.client.check()
+            raise
+
+    def _broadcast(self, meta: list[ParamMeta]) -> None:
+        """Sends bucket after bucket, packing one while those before are under way. Where the source gathers, the other ranks take
+        part."""
+        assert self.source is not None and self._group is not None
         weights = iter(self.source)
-        buffers = []
-        for bucket in cut_buckets(((m.name, m.dtype, m.shape) for m in meta), self._bucket_bytes):
-            buffers.append(torch.empty(bucket.num_bytes, dtype=torch.uint8))
-            _fill(bucket, buffers[-1], weights)
+        buckets = cut_buckets(((m.name, m.dtype, m.shape) for m in meta), self._bucket_bytes)
+        sending = []
+        for bucket, buffer in zip(buckets, self._buffers.of(buckets), strict=True):
+            _fill(bucket, buffer, weights)
+            sending.append(_start_broadcast(self._group, buffer))
         # A source that gathers is a collective: run it to its end, as the other ranks do.
         assert next(weights, None) is None, "the source yields more than its metadata declares"
-        return buffers
-
-    def _broadcast(self, buffers: list[torch.Tensor]) -> None:
-        assert self._group is not None
-        for work in [_start_broadcast(self._group, buffer) for buffer in buffers]:
+        for work in sending:
             work.wait()
 
     def shutdown(self) -> None:
@@ -234,11 +276,20 @@ def _fill(bucket: Bucket, buffer: torch.Tensor, weights: Iterator[tuple[str, tor
 
 
 def _together(remote: Callable[[], Any], local: Callable[[], T]) -> T:
-    """Returns what `local` does while `remote` runs on a thread; neither side of a collective may wait for the other."""
+    """Returns what `local` does while `remote` runs on a thread; neither side of a collective may wait for the other.
+
+    Where both fail it is `remote` that can say which actor is at fault.
+    """
     executor = ThreadPoolExecutor(max_workers=1)
     try:
         call = executor.submit(remote)
-        result = local()
+        try:
+            result = local()
+        except Exception:
+            wait([call], timeout=_GRACE_S)
+            if call.done():
+                call.result()
+            raise
         call.result()
         return result
     finally:
@@ -252,6 +303,12 @@ class GlooWorkerExtension:
     An entry point of group `vllm.general_plugins` would need the project to be installed, which `ray job submit` with a
     working directory does not do.
     """
+
+    weight_transfer_engine: GlooWeightTransferEngine
+
+    def stage_weights(self, update_info: dict[str, Any]) -> None:
+        """Called on the worker, between two steps of the engine: vLLM's own `update_weights` wants it paused."""
+        self.weight_transfer_engine.stage(GlooUpdateInfo(**update_info))
 
 
 def _register() -> None:

@@ -48,17 +48,21 @@ class _Client:
     def start_weight_update(self) -> None:
         self._events.append("paused")
 
+    def stage_weights(self, update_info: dict[str, Any]) -> None:
+        buckets = GlooUpdateInfo(**update_info).buckets(BUCKET_BYTES)
+        buffers = [torch.empty(bucket.num_bytes, dtype=torch.uint8) for bucket in buckets]
+        self._staged = [(*pair, _start_broadcast(self._group, pair[1])) for pair in zip(buckets, buffers, strict=True)]
+
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        for bucket in GlooUpdateInfo(**update_info).buckets(BUCKET_BYTES):
-            buffer = torch.empty(bucket.num_bytes, dtype=torch.uint8)
-            _start_broadcast(self._group, buffer).wait()
+        for bucket, buffer, work in self._staged:
+            work.wait()
             self.received |= dict(bucket.views(buffer))
 
     def finish_weight_update(self) -> None:
         self._events.append("resumed")
 
 
-def test_sender_packs_before_the_engines_pause_and_sends_what_the_source_has() -> None:
+def test_sender_packs_and_sends_before_the_engines_pause_what_the_source_has() -> None:
     events: list[str] = []
     weights = {"a": torch.randn(3, 4), "b": torch.randn(5).bfloat16(), "c": torch.randn(20)}
     client = _Client(events)

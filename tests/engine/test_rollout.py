@@ -49,7 +49,7 @@ def publisher(engine: Any, trainer: PreTrainedModel) -> Any:
     from maspo_ray.weight_sync.publisher import RolloutClient, WeightPublisher
 
     return WeightPublisher(
-        ModuleSource(trainer), RolloutClient([engine], 1, 30.0), "gloo", 0, ray.util.get_node_ip_address(), 30.0
+        ModuleSource(trainer), [RolloutClient([engine], 1, 30.0)], "gloo", 0, ray.util.get_node_ip_address(), 30.0
     )
 
 
@@ -139,14 +139,14 @@ def test_publish_requests_that_come_meanwhile_begin_at_the_new_version(
     prompt = _prompt(*range(3, 43))
     _sample(engine, prompt, n=1, max_new_tokens=1)
     streams = []
-    receive = publisher._client.update_weights
+    receive = publisher._clients[0].update_weights
 
     def receive_and_start(update_info: Any) -> None:
         # The engine is paused here.
         streams.append(_start(engine, prompt, 8, [0]))
         receive(update_info)
 
-    monkeypatch.setattr(publisher._client, "update_weights", receive_and_start)
+    monkeypatch.setattr(publisher._clients[0], "update_weights", receive_and_start)
     _perturb(trainer)
     publisher.publish(12)
     [[completion]] = [ray.get(next(iter(stream))) for stream in streams]
@@ -211,3 +211,33 @@ def test_publish_with_requests_in_flight_keeps_them_and_stamps_each_version(engi
         assert np.isfinite(completion.logprobs).all()
         assert len(completion.token_ids) == 56 or completion.finish_reason == "stop"
     assert any(len(completion.spans) > 1 for completion in completions)
+
+
+def test_expire_ends_what_began_before_a_version_frees_its_places_and_leaves_the_rest(
+    engine: Any, publisher: Any
+) -> None:
+    prompt = _prompt(*range(3, 8))
+    # All of the engine's 32 places.
+    old = [_start(engine, prompt, 56, [8 * i + k for k in range(8)]) for i in range(4)]
+    _wait_until_begun(engine, [next(iter(stream)) for stream in old])
+    publisher.publish(21)
+    young = _start(engine, prompt, 8, [0, 1])
+    ray.get(engine.expire.remote(21))
+    for stream in old:
+        objects = [ray.get(reference) for reference in stream]
+        assert objects[-2:] == [[], []]
+        assert sum(map(len, objects[0::2])) < 8
+    completions = [completion for batch in [ray.get(r) for r in young][0::2] for completion in batch]
+    assert [completion.spans[0].version for completion in completions] == [21, 21]
+
+
+def test_expire_of_versions_that_nothing_is_older_than_ends_nothing(engine: Any, publisher: Any) -> None:
+    publisher.publish(22)
+    stream = _start(engine, _prompt(5, 9), 40, [0, 1, 2, 3])
+    ray.get(engine.expire.remote(22))
+    assert sum(len(ray.get(reference)) for reference in stream) == 2 * 4
+
+
+def _wait_until_begun(engine: Any, first: list[Any]) -> None:
+    """Returns when each stream has given its first object: what it was of began at the version before the next."""
+    ray.wait(first, num_returns=len(first))

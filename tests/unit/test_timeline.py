@@ -81,3 +81,13 @@ def test_trace_file_is_one_json_array(tmp_path: Path, count: int) -> None:
         writer.write({"ph": "X", "ts": i})
     writer.close()
     assert json.loads((tmp_path / "timeline.json").read_text()) == [{"ph": "X", "ts": i} for i in range(count)]
+
+
+def test_add_is_drawn_in_a_lane_of_its_own_and_in_no_total() -> None:
+    line, clock, events = _timeline()
+    clock.now = 103.0
+    with line.span("rollout/0", "generate"):
+        line.add("rollout/0", "paused", 101.0, 102.5)
+    drawn = [event for event in events if event.get("name") == "paused"]
+    assert [(event["ts"], event["dur"], event["tid"] > 100) for event in drawn] == [(1_000_000, 1_500_000, True)]
+    assert line.totals() == {"rollout": {"generate": 0.0}}
