@@ -193,7 +193,9 @@ class DeepSpeedLearner:
             weights = importance_weights(old, batch.behaviour_logprobs, self._objective.importance_cap)
             token_loss = token_loss * weights
             sums.add("importance_weight", weights, batch.mask)
-        sums.add_objective(policy, old, entropy, batch.advantages, batch.lags, batch.mask)
+        sums.add_objective(
+            policy, logprobs, old, batch.behaviour_logprobs, entropy, batch.advantages, batch.lags, batch.mask
+        )
         sums.add("policy_loss", token_loss, batch.mask)
         if self._kl.coef > 0:
             assert batch.reference_logprobs is not None, "the KL's reference log-probs are missing"

@@ -48,14 +48,16 @@ class UpdateSums:
     def add_objective(
         self,
         policy: PolicyLoss,
+        logprobs: Tensor,
         old_logprobs: Tensor,
+        behaviour_logprobs: Tensor,
         entropy: Tensor,
         advantages: Tensor,
         lags: Tensor,
         mask: Tensor,
     ) -> None:
         """Adds what the objective did to a micro-batch; each argument is [tokens]."""
-        self.breakdown.add(policy, old_logprobs, entropy, advantages, lags, mask)
+        self.breakdown.add(policy, logprobs, old_logprobs, behaviour_logprobs, entropy, advantages, lags, mask)
         self.add("entropy", entropy, mask)
         sums = objective_sums(policy, advantages, mask)
         self._ratio_max = torch.maximum(self._ratio_max, sums["ratio_max"])

@@ -214,7 +214,7 @@ def objective_share(batch: Any, step: Callable[[], object], repeats: int) -> Rat
     def objective() -> None:
         policy = policy_loss(leaf, old, advantages, MaspoConfig())
         sums = UpdateSums(leaf.device)
-        sums.add_objective(policy, old, entropy, advantages, lags, mask)
+        sums.add_objective(policy, leaf, old, old, entropy, advantages, lags, mask)
         masked_sum(policy.token_loss, mask).backward()
 
     return ratio(objective, step, repeats)

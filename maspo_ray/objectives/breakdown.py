@@ -10,6 +10,7 @@ from torch import Tensor
 from maspo_ray.objectives.base import PolicyLoss
 from maspo_ray.objectives.metrics import REFERENCE_CLIP
 from maspo_ray.objectives.peers import within_clip
+from maspo_ray.tensor_ops import MAX_LOG_RATIO
 
 _MAX_LAG = 15
 _LABELS = (
@@ -23,7 +24,7 @@ _PROBABILITIES, _LAGS = 2, 12
 
 _STATISTICS = (
     *("tokens", "gate", "gate_below_0.9", "gate_below_0.5", "gate_below_0.1"),
-    *("clipped", "entropy", "ratio", "ratio_squared"),
+    *("clipped", "entropy", "ratio", "ratio_squared", "behaviour_kl"),
 )
 """The columns of a table, each a sum over tokens."""
 
@@ -45,11 +46,21 @@ class Breakdown:
 
     @torch.no_grad()
     def add(
-        self, loss: PolicyLoss, old_logprobs: Tensor, entropy: Tensor, advantages: Tensor, lags: Tensor, mask: Tensor
+        self,
+        loss: PolicyLoss,
+        logprobs: Tensor,
+        old_logprobs: Tensor,
+        behaviour_logprobs: Tensor,
+        entropy: Tensor,
+        advantages: Tensor,
+        lags: Tensor,
+        mask: Tensor,
     ) -> None:
         """Adds a micro-batch; every argument is [tokens].
 
         Args:
+            logprobs: log π_θ.
+            behaviour_logprobs: log μ, of what sampled the tokens; not log π_old where that is recomputed.
             entropy: of the current policy where it met the token.
             lags: int64, weight versions between what sampled the token and what is updated.
             mask: bool, which tokens count.
@@ -58,6 +69,7 @@ class Breakdown:
         counts = mask.double()
         clipped = ~within_clip(ratio, advantages, REFERENCE_CLIP, REFERENCE_CLIP)
         rows = [counts, gate, gate < 0.9, gate < 0.5, gate < 0.1, clipped, entropy, ratio, ratio.square()]
+        rows.append(_behaviour_kl(logprobs, behaviour_logprobs))
         statistics = torch.stack([torch.where(mask, row, 0).double() for row in rows], dim=1)
         probability = (old_logprobs.exp() * 10).long().clamp(0, 9) + _PROBABILITIES
         lag = lags.clamp(0, _MAX_LAG)
@@ -77,9 +89,10 @@ class Breakdown:
         """Returns means by label, of labels that have tokens, and the quantiles of ρ.
 
         objective/gate_mean/…, objective/gate_below_0.9/… (0.5, 0.1), objective/clip_0.2_share/…, objective/entropy/… for every label;
-        for each lag also objective/token_share/…, objective/ratio_mean/…, objective/effective_sample_share/…, (Σ ρ)² / (n Σ ρ²), and
-        objective/ratio_p01/… (p10, p50, p90, p99), quantiles of the ratio's histogram, exact to 1 %; beyond e^±2 they read e^±2. The
-        effective sample share and the quantiles are given over all lags too. The last lag stands for all that are larger.
+        for each lag also objective/token_share/…, objective/ratio_mean/…, objective/effective_sample_share/…, (Σ ρ)² / (n Σ ρ²),
+        objective/behaviour_kl/…, KL(μ || π_θ), and objective/ratio_p01/… (p10, p50, p90, p99), quantiles of the ratio's histogram,
+        exact to 1 %; beyond e^±2 they read e^±2. The effective sample share, the KL and the quantiles are given over all lags too.
+        The last lag stands for all that are larger.
         """
         rows = {
             label: dict(zip(_STATISTICS, row, strict=True))
@@ -89,7 +102,10 @@ class Breakdown:
         total = dict(zip(_STATISTICS, self.table[_LAGS:].sum(0).tolist(), strict=True))
         if not total["tokens"]:
             return {}
-        found = {"objective/effective_sample_share": _effective_share(total)} | _quantiles(self.histogram.sum(0), "")
+        found = {
+            "objective/effective_sample_share": _effective_share(total),
+            "objective/behaviour_kl": total["behaviour_kl"] / total["tokens"],
+        } | _quantiles(self.histogram.sum(0), "")
         for label, row in rows.items():
             mean = {name: value / row["tokens"] for name, value in row.items()}
             found[f"objective/gate_mean/{label}"] = mean["gate"]
@@ -101,8 +117,19 @@ class Breakdown:
                 found[f"objective/token_share/{label}"] = row["tokens"] / total["tokens"]
                 found[f"objective/ratio_mean/{label}"] = mean["ratio"]
                 found[f"objective/effective_sample_share/{label}"] = _effective_share(row)
+                found[f"objective/behaviour_kl/{label}"] = mean["behaviour_kl"]
                 found |= _quantiles(self.histogram[int(label.removeprefix("lag_"))], f"/{label}")
         return found
+
+
+def _behaviour_kl(logprobs: Tensor, behaviour_logprobs: Tensor) -> Tensor:
+    """Returns [tokens] float64 terms, at least 0, whose mean over tokens that μ sampled estimates KL(μ || π_θ).
+
+    r − 1 − log r with r = π_θ / μ (Schulman, "Approximating KL divergence", 2020, k3): since E_μ[r] = 1, its mean under μ is that
+    of −log r. log r is bounded as the objective's. In float64, where r − 1 and log r are taken from each other.
+    """
+    log_ratio = (logprobs.double() - behaviour_logprobs.double()).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return torch.expm1(log_ratio) - log_ratio
 
 
 def _effective_share(row: dict[str, float]) -> float:

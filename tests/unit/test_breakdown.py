@@ -13,18 +13,25 @@ CPU = torch.device("cpu")
 RATIO = torch.tensor([1.5, 1.0, 0.5, 1.1, 3.0], dtype=torch.float64)
 OLD = torch.tensor([0.05, 0.95, 0.95, 1.0, 0.5], dtype=torch.float64).log()
 ADVANTAGES = torch.tensor([1.0, 1.0, -1.0, 0.0, -1.0], dtype=torch.float64)
+LOGPROBS = OLD + RATIO.log()
+# r = π/μ is 2, ½, 1, e and e²: the sampling policy is none that the ratio above is taken to.
+BEHAVIOUR = LOGPROBS - torch.tensor([2.0, 0.5, 1.0, math.e, math.e**2], dtype=torch.float64).log()
 ENTROPY = torch.tensor([0.5, 1.0, 2.0, 4.5, 9.0], dtype=torch.float64)
 LAGS = torch.tensor([0, 1, 1, 1, 0])
 MASK = torch.tensor([True, True, True, True, False])
 
 
 def _loss() -> PolicyLoss:
-    return policy_loss(OLD + RATIO.log(), OLD, ADVANTAGES, GrpoConfig())
+    return policy_loss(LOGPROBS, OLD, ADVANTAGES, GrpoConfig())
+
+
+def _add(breakdown: Breakdown, loss: PolicyLoss, cut: slice = slice(None)) -> None:
+    breakdown.add(loss, LOGPROBS[cut], OLD[cut], BEHAVIOUR[cut], ENTROPY[cut], ADVANTAGES[cut], LAGS[cut], MASK[cut])
 
 
 def test_breakdown_hand_worked_tokens() -> None:
     breakdown = Breakdown(CPU)
-    breakdown.add(_loss(), OLD, ENTROPY, ADVANTAGES, LAGS, MASK)
+    _add(breakdown, _loss())
     found = breakdown.metrics()
     # Positive: 1.5 (clipped at 1.2, gate 0) and 1.0 (gate 1). Negative: 0.5 (clipped at 0.8); the token of ratio 3 is masked.
     assert found["objective/gate_mean/positive"] == 0.5
@@ -51,16 +58,36 @@ def test_breakdown_hand_worked_tokens() -> None:
     assert found["objective/ratio_p10/lag_1"] == pytest.approx(0.5, rel=0.01)
     assert found["objective/ratio_p90/lag_1"] == pytest.approx(1.1, rel=0.01)
     assert found["objective/ratio_p50/lag_0"] == pytest.approx(1.5, rel=0.01)
+    # r − 1 − log r. Lag 0: 2 − 1 − log 2. Lag 1: (½ − 1 + log 2), 0 and (e − 1 − 1), of three tokens.
+    assert found["objective/behaviour_kl/lag_0"] == pytest.approx(1 - math.log(2))
+    assert found["objective/behaviour_kl/lag_1"] == pytest.approx((-0.5 + math.log(2) + math.e - 2) / 3)
+    # All four: the logarithms of 2 cancel, ½ + e − 2 is left.
+    assert found["objective/behaviour_kl"] == pytest.approx((math.e - 1.5) / 4)
+    assert "objective/behaviour_kl/positive" not in found
+
+
+def test_breakdown_behaviour_kl_of_every_token_by_its_probability_is_the_exact_one() -> None:
+    # μ samples three tokens with ½, ¼, ¼, so the first stands twice for one each of the others; π is ¼, ⅝, ⅛. The other way round
+    # the KL would be ¼ log ½ + ⅝ log 2.5 + ⅛ log ½ = 0.31; this way it is 0.29.
+    behaviour = torch.tensor([0.5, 0.5, 0.25, 0.25], dtype=torch.float64)
+    policy = torch.tensor([0.25, 0.25, 0.625, 0.125], dtype=torch.float64)
+    breakdown, loss = Breakdown(CPU), policy_loss(policy.log(), behaviour.log(), torch.ones(4), GrpoConfig())
+    zeros, mask = torch.zeros(4), torch.ones(4, dtype=torch.bool)
+    breakdown.add(loss, policy.log(), behaviour.log(), behaviour.log(), zeros, torch.ones(4), zeros.long(), mask)
+    exact = 0.5 * math.log(0.5 / 0.25) + 0.25 * math.log(0.25 / 0.625) + 0.25 * math.log(0.25 / 0.125)
+    assert breakdown.metrics()["objective/behaviour_kl"] == pytest.approx(exact)
 
 
 def test_breakdown_adds_up_over_a_split() -> None:
     whole, parts = Breakdown(CPU), Breakdown(CPU)
-    whole.add(_loss(), OLD, ENTROPY, ADVANTAGES, LAGS, MASK)
+    _add(whole, _loss())
     loss = _loss()
     for cut in (slice(0, 2), slice(2, 5)):
         part = PolicyLoss(loss.token_loss[cut], loss.gate[cut], loss.ratio[cut])
-        parts.add(part, OLD[cut], ENTROPY[cut], ADVANTAGES[cut], LAGS[cut], MASK[cut])
-    assert parts.metrics() == whole.metrics()
+        _add(parts, part, cut)
+    found = parts.metrics()
+    assert found == whole.metrics()
+    assert {"objective/behaviour_kl", "objective/behaviour_kl/lag_0", "objective/behaviour_kl/lag_1"} <= found.keys()
 
 
 def test_breakdown_of_nothing_is_empty_and_extremes_are_finite() -> None:
@@ -69,10 +96,14 @@ def test_breakdown_of_nothing_is_empty_and_extremes_are_finite() -> None:
     old = torch.tensor([-40.0, 0.0])
     ratio = torch.tensor([math.exp(20.0), math.exp(-20.0)])
     loss = PolicyLoss(torch.zeros(2), torch.ones(2), ratio)
-    breakdown.add(
-        loss, old, torch.ones(2), torch.tensor([1.0, -1.0]), torch.tensor([99, -1]), torch.ones(2, dtype=torch.bool)
-    )
+    ones, mask = torch.ones(2), torch.ones(2, dtype=torch.bool)
+    behaviour = torch.tensor([-1000.0, 0.0])
+    policy = torch.tensor([0.0, -1000.0])
+    breakdown.add(loss, policy, old, behaviour, ones, torch.tensor([1.0, -1.0]), torch.tensor([99, -1]), mask)
     found = breakdown.metrics()
     assert all(math.isfinite(value) for value in found.values())
+    # log r is bounded at ±20: e²⁰ − 1 − 20, and e⁻²⁰ − 1 + 20.
+    assert found["objective/behaviour_kl/lag_15"] == pytest.approx(math.exp(20) - 21)
+    assert found["objective/behaviour_kl/lag_0"] == pytest.approx(19 + math.exp(-20))
     assert found["objective/token_share/lag_15"] == found["objective/token_share/lag_0"] == 0.5
     assert found["objective/ratio_p99"] == pytest.approx(math.exp(2), rel=0.01)
