@@ -14,15 +14,12 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsError
 
+from maspo_ray.config_data import DataConfig, DataSource, HuggingFaceSource, JsonlSource, ReasoningGymSource
 from maspo_ray.config_objective import AdvantageConfig, GrpoConfig, KLConfig, MaspoConfig, ObjectiveConfig
 from maspo_ray.config_sections import (
     CheckpointConfig,
-    DataConfig,
-    DataSource,
     Dtype,
     EvalConfig,
-    HuggingFaceSource,
-    JsonlSource,
     LearnerConfig,
     LoggingConfig,
     LoraConfig,
@@ -30,7 +27,6 @@ from maspo_ray.config_sections import (
     ParityStatistic,
     PipelineConfig,
     PlacementConfig,
-    ReasoningGymSource,
     ReferenceConfig,
     RewardConfig,
     RoleConfig,

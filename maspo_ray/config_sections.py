@@ -4,8 +4,7 @@ Promise: a section that exists is consistent with itself; `config.RunConfig` put
 Imports neither torch, ray nor vllm.
 """
 
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -28,63 +27,6 @@ class ModelConfig(Section):
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
     """Attention of the learner and the reference, as transformers names it."""
     trust_remote_code: bool = False
-
-
-class JsonlSource(Section):
-    kind: Literal["jsonl"] = "jsonl"
-    path: Path
-    """File of one JSON object a line."""
-    prompt_column: str = "prompt"
-    """A string, or a list of chat messages."""
-    answer_column: str = "answer"
-    limit: int | None = Field(None, ge=1)
-    """Read at most so many lines."""
-
-
-class HuggingFaceSource(Section):
-    kind: Literal["huggingface"] = "huggingface"
-    name: str
-    subset: str | None = None
-    split: str = "train"
-    prompt_column: str = "prompt"
-    answer_column: str = "answer"
-    """A dot goes into a column of dictionaries: `reward_model.ground_truth`."""
-    limit: int | None = Field(None, ge=1)
-
-
-class ReasoningGymSource(Section):
-    kind: Literal["reasoning_gym"] = "reasoning_gym"
-    task: str
-    """Name of a reasoning-gym dataset, e.g. `chain_sum`."""
-    size: int = Field(1000, ge=1)
-    seed: int = 0
-    args: dict[str, Any] = {}
-    """Passed to `reasoning_gym.create_dataset`."""
-    suffix: str = ""
-    """Appended to each question, e.g. how to write the answer."""
-
-
-DataSource = Annotated[JsonlSource | HuggingFaceSource | ReasoningGymSource, Field(discriminator="kind")]
-
-
-class DataConfig(Section):
-    train: DataSource
-    eval: DataSource | None = None
-    """Held-out prompts; without them no evaluation is run."""
-    chat_template: bool = True
-    """Wrap a string prompt as a user's message by the tokenizer's chat template."""
-    system_prompt: str | None = None
-    max_prompt_tokens: int = Field(1024, ge=1)
-    """Longer prompts are left out, counted."""
-    shuffle: bool = True
-
-    @model_validator(mode="after")
-    def _system_prompt_needs_a_template(self) -> Self:
-        if self.system_prompt is not None and not self.chat_template:
-            raise ValueError(
-                "system_prompt is set; it needs data.chat_template. Set data.chat_template to true or remove the prompt."
-            )
-        return self
 
 
 class RoleConfig(Section):

@@ -17,6 +17,7 @@ FLOORS = [
     "maspo_ray",
     "maspo_ray.errors",
     "maspo_ray.config_sections",
+    "maspo_ray.config_data",
     "maspo_ray.config_objective",
     "maspo_ray.config",
     "maspo_ray.experience",
