@@ -57,7 +57,7 @@ class SyntheticBatch:
         """Yields prompt ids, completion and advantage of each rollout."""
         for g, experience in enumerate(self.experiences):
             prompt, completions = self._payloads[f"prompt {g}"], self._payloads[f"completions {g}"]
-            for completion, advantage in zip(completions, experience.advantages, strict=True):
+            for completion, advantage in zip(completions, experience.trained.values(), strict=True):
                 yield prompt.token_ids, completion, advantage
 
     def sequences(self) -> list[NDArray[np.int32]]:

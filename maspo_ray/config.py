@@ -24,6 +24,7 @@ from maspo_ray.config_sections import (
     LoggingConfig,
     LoraConfig,
     ModelConfig,
+    OverlongConfig,
     ParityStatistic,
     PipelineConfig,
     PlacementConfig,
@@ -54,6 +55,7 @@ __all__ = [
     "MaspoConfig",
     "ModelConfig",
     "ObjectiveConfig",
+    "OverlongConfig",
     "ParityStatistic",
     "PipelineConfig",
     "PlacementConfig",
@@ -112,6 +114,12 @@ class RunConfig(Section):
             raise ValueError(
                 f"rollout.max_new_tokens is {self.rollout.max_new_tokens}; it must leave room for a prompt within "
                 f"rollout.max_model_tokens ({longest}). Lower it."
+            )
+        overlong = self.reward.overlong
+        if overlong is not None and overlong.buffer_tokens >= self.rollout.max_new_tokens:
+            raise ValueError(
+                f"reward.overlong.buffer_tokens is {overlong.buffer_tokens}; it must be below rollout.max_new_tokens "
+                f"({self.rollout.max_new_tokens}). Lower it."
             )
         if self.learner.max_tokens_per_micro_batch < longest:
             raise ValueError(

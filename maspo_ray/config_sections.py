@@ -118,6 +118,15 @@ class RolloutConfig(RoleConfig):
         return value
 
 
+class OverlongConfig(Section):
+    """Soft over-long punishment, DAPO, arXiv:2503.14476, section 3.4: rewards are then no longer binary."""
+
+    buffer_tokens: int = Field(ge=1)
+    """The penalty grows over a completion's last so many tokens before rollout.max_new_tokens."""
+    penalty: float = Field(1.0, gt=0)
+    """Taken off the reward at rollout.max_new_tokens, and wherever the completion was cut off."""
+
+
 class RewardConfig(RoleConfig):
     actor: str = "actors.rewards.exact_match:ExactMatchReward"
     cpus: float = Field(0.1, ge=0)
@@ -125,6 +134,8 @@ class RewardConfig(RoleConfig):
     """Deadline of one `score` call; what misses it counts as `timeout`, its reward is NaN."""
     max_error_rate: float = Field(0.1, ge=0, le=1)
     """The run stops when a larger share of the last 256 scored completions ended in error or timeout."""
+    overlong: OverlongConfig | None = None
+    """Take a penalty off the reward of long completions before advantages; `reward/mean` stays the verifier's."""
 
 
 class ReferenceConfig(RoleConfig):
@@ -235,6 +246,9 @@ class PipelineConfig(Section):
     parity_prompts: int = Field(8, ge=1)
     filter_zero_variance: bool = True
     """Groups whose rewards are all equal carry no gradient: filter and refill them."""
+    filter_overlong: bool = False
+    """Leave completions that were cut off (finish reason `length`) out of the loss and its normaliser. They still count in their
+    group's baseline; a group is filtered and refilled if what is left of it carries no signal."""
     max_dropped_in_a_row: int = Field(2000, ge=1)
     """The run stops when so many groups, one after the other, carried no signal or could not be scored."""
     setup_timeout_s: float = Field(900.0, gt=0)

@@ -183,14 +183,20 @@ class Experience:
     """A group that the learner can train on.
 
     Attributes:
-        advantages: one for each rollout, 0 for a rollout that could not be scored.
+        advantages: one for each rollout; None for one that is in no loss and no normaliser, because it could not be scored or was
+            left out.
         reference_logprobs: refers to a list with, for each completion of the group's payloads, [tokens] float32 log-probs under
             the reference policy; None without KL.
     """
 
     group: Group
-    advantages: tuple[float, ...]
+    advantages: tuple[float | None, ...]
     reference_logprobs: Any = None
+
+    @property
+    def trained(self) -> dict[int, float]:
+        """The advantages of the rollouts that are trained on, by their places in the group."""
+        return {i: advantage for i, advantage in enumerate(self.advantages) if advantage is not None}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Experiences → micro-batches within a token budget, balanced over the learner's ranks.
 
-Promise: every scored rollout of a batch lies in exactly one micro-batch of one rank; every rank has the same number of
+Promise: every rollout of a batch that is trained on lies in exactly one micro-batch of one rank; every rank has the same number of
 micro-batches (a step is a collective); no micro-batch is over the budget. Works on lengths, not on tokens.
 
 What is packed is a *bundle*: one copy of a prompt and completions of it behind it, each of which attends to the prompt and to itself
@@ -168,11 +168,11 @@ def pack(
 
 def _cuts(experience: Experience, max_tokens: int, share: bool) -> list[_Cut]:
     group = experience.group
-    # A rollout that could not be scored says nothing; it does not count in the normaliser either.
-    scored = [i for i, rollout in enumerate(group.rollouts) if rollout.verdict.outcome == "scored"]
-    lengths = [group.rollouts[i].facts.num_tokens for i in scored]
+    # What is not trained on says nothing; it does not count in the normaliser either.
+    trained = list(experience.trained)
+    lengths = [group.rollouts[i].facts.num_tokens for i in trained]
     cut = cut_by_budget(group.prompt_tokens, lengths, max_tokens, share)
-    return [_Cut(experience, tuple(scored[place] for place in places)) for places in cut]
+    return [_Cut(experience, tuple(trained[place] for place in places)) for places in cut]
 
 
 def _bundle(cut: _Cut, positions: dict[Any, int]) -> Bundle:
@@ -182,12 +182,12 @@ def _bundle(cut: _Cut, positions: dict[Any, int]) -> Bundle:
         return positions.setdefault(payload, len(positions))
 
     group, reference = cut.experience.group, cut.experience.reference_logprobs
-    prompt, places = position(group.prompt), group.places
+    prompt, places, advantages = position(group.prompt), group.places, cut.experience.trained
     items = tuple(
         Item(
             completion=(position(group.rollouts[i].payload), group.rollouts[i].position),
             reference=None if reference is None else (position(reference), places[i]),
-            advantage=cut.experience.advantages[i],
+            advantage=advantages[i],
             num_tokens=group.rollouts[i].facts.num_tokens,
         )
         for i in cut.rollouts

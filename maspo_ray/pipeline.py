@@ -18,6 +18,7 @@ from maspo_ray.experience import Experience, Group, Outcome, Prompt, PublishRepo
 from maspo_ray.fleet import Fleet
 from maspo_ray.ledger import GroupLedger, GroupOutcome
 from maspo_ray.metrics import StepMetrics, combine_updates
+from maspo_ray.overlong import is_cut_off, overlong_penalty, trained_advantages, why_not_trained
 from maspo_ray.packing import pack
 from maspo_ray.progress import Progress
 from maspo_ray.prompts import PromptStream
@@ -118,15 +119,19 @@ class Pipeline:
             self._admission.set()
             return
         group = Group(group_id, prompt.prompt_id, reference, len(prompt.token_ids), version, rollouts)
-        self._measure(group)
-        advantages = group_advantages(group.rewards, self._config.advantage)
+        overlong, pipeline = self._config.reward.overlong, self._config.pipeline
+        penalties = [overlong_penalty(sampled.facts, rollout.max_new_tokens, overlong) for sampled in rollouts]
+        rewards = [reward - penalty for reward, penalty in zip(group.rewards, penalties, strict=True)]
+        advantages = group_advantages(rewards, self._config.advantage)
+        trained = trained_advantages(rollouts, advantages.values, pipeline.filter_overlong)
+        self._measure(group, penalties, trained)
         if advantages.num_scored < 2:
             self._drop(group, GroupOutcome.FAILED, "fewer than two completions could be scored")
-        elif not advantages.has_signal and self._config.pipeline.filter_zero_variance:
-            self._drop(group, GroupOutcome.FILTERED, "all rewards are equal")
+        elif cause := why_not_trained(trained, advantages, pipeline.filter_zero_variance):
+            self._drop(group, GroupOutcome.FILTERED, cause)
         else:
             self._dropped_in_a_row = 0
-            self._buffer.put(Experience(group, advantages.values, self._reference_logprobs(group)))
+            self._buffer.put(Experience(group, trained, self._reference_logprobs(group)))
             self._gate.accept()
             self._arrival.set()
 
@@ -160,13 +165,16 @@ class Pipeline:
             cause=cause,
         )
 
-    def _measure(self, group: Group) -> None:
-        for rollout in group.rollouts:
+    def _measure(self, group: Group, penalties: list[float], trained: tuple[float | None, ...]) -> None:
+        for rollout, penalty, advantage in zip(group.rollouts, penalties, trained, strict=True):
             if rollout.verdict.outcome is Outcome.SCORED:
                 self._metrics.add("reward/mean", rollout.verdict.reward)
                 self._metrics.add("reward/accuracy", float(rollout.verdict.correct))
+                if self._config.reward.overlong is not None:
+                    self._metrics.add("reward/overlong_penalty", penalty)
             self._metrics.add("completion/tokens_mean", rollout.facts.num_tokens)
-            self._metrics.add("completion/cut_off_share", float(rollout.facts.finish_reason == "length"))
+            self._metrics.add("completion/cut_off_share", float(is_cut_off(rollout.facts)))
+            self._metrics.add("completion/left_out_share", float(advantage is None))
 
     # Train: ready experiences to weights.
 

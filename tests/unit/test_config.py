@@ -18,6 +18,7 @@ from maspo_ray.config import (
     JsonlSource,
     LearnerConfig,
     MaspoConfig,
+    OverlongConfig,
     ReasoningGymSource,
     RolloutConfig,
     RunConfig,
@@ -141,6 +142,14 @@ def test_data_kind_decides_the_source(tmp_path: Path) -> None:
     assert config.data.eval == ReasoningGymSource(task="gcd", size=20)
 
 
+def test_overlong_is_off_unless_set_and_a_flag_is_enough(tmp_path: Path) -> None:
+    assert _load(tmp_path).reward.overlong is None and not _load(tmp_path).pipeline.filter_overlong
+    flags = ("--reward.overlong.buffer_tokens", "7", "--pipeline.filter_overlong", "true")
+    config = _load(tmp_path, {}, *flags)
+    assert config.reward.overlong == OverlongConfig(buffer_tokens=7, penalty=1.0) and config.pipeline.filter_overlong
+    assert _load(tmp_path, {"reward.overlong": None}).reward.overlong is None
+
+
 # What follows from other keys.
 
 
@@ -223,6 +232,10 @@ def test_batch_with_ranks_per_node_is_left_to_the_plan(tmp_path: Path) -> None:
         ({"data.chat_template": False, "data.system_prompt": "x"}, "data.system_prompt is set; it needs data.chat_template."),
         ({"objective.sigma_max": 0.5}, "objective.sigma_max is 0.5; it must be at least sigma_base (1.0). Raise it."),
         ({"objective.risk_min": 20}, "objective.risk_max is 10.0; it must be at least risk_min (20.0). Raise it."),
+        ({"reward.overlong": {}}, "reward.overlong.buffer_tokens is not set; it is required. Add it to the config."),
+        ({"reward.overlong": {"buffer_tokens": 0}}, "reward.overlong.buffer_tokens is 0; input should be greater than or equal to 1."),
+        ({"reward.overlong": {"buffer_tokens": 8}}, "reward.overlong.buffer_tokens is 8; it must be below rollout.max_new_tokens (8). Lower it."),
+        ({"reward.overlong": {"buffer_tokens": 4, "penalty": 0}}, "reward.overlong.penalty is 0; input should be greater than 0."),
         ({"reward.max_error_rate": 1.5}, "reward.max_error_rate is 1.5; input should be less than or equal to 1."),
     ],
 )  # fmt: skip

@@ -30,6 +30,7 @@ FLOORS = [
     "maspo_ray.loading",
     "maspo_ray.tensor_ops",
     "maspo_ray.advantages",
+    "maspo_ray.overlong",
     "maspo_ray.objectives.base",
     "maspo_ray.objectives.maspo",
     "maspo_ray.objectives.peers",

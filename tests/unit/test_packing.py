@@ -1,12 +1,11 @@
-"""Packing: every scored rollout once, the same number of micro-batches on every rank, no micro-batch over the budget."""
+"""Packing: every rollout that is trained on once, the same number of micro-batches on every rank, no micro-batch over the budget."""
 
-import math
 from collections import Counter
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maspo_ray.experience import CompletionFacts, Experience, Group, Outcome, Rollout, Verdict
+from maspo_ray.experience import CompletionFacts, Experience, Group, Rollout, Verdict
 from maspo_ray.packing import Item, RankPlan, cut_by_budget, deal, fill, level, pack
 
 LENGTHS = st.lists(st.integers(1, 60), max_size=40)
@@ -85,26 +84,19 @@ def _experiences(draw: st.DrawFn, with_reference: bool = False) -> list[Experien
         for p in range(draw(st.integers(1, 3))):
             for position in range(draw(st.integers(1, 3))):
                 facts = CompletionFacts(draw(st.integers(1, 12)), 0, 0, "stop")
-                outcome = draw(st.sampled_from(list(Outcome)))
-                verdict = Verdict(0.5 if outcome is Outcome.SCORED else math.nan, True, outcome)
-                rollouts.append(Rollout(f"payload {g} {p}", position, facts, verdict))
+                rollouts.append(Rollout(f"payload {g} {p}", position, facts, Verdict.from_reward(1.0)))
         group = Group(g, f"train/{g}", f"prompt {g}", draw(st.integers(1, 6)), 0, tuple(rollouts))
-        advantages = tuple(100.0 * g + i for i in range(len(rollouts)))
+        advantages = tuple(100.0 * g + i if draw(st.booleans()) else None for i in range(len(rollouts)))
         experiences.append(Experience(group, advantages, f"reference {g}" if with_reference else None))
     return experiences
 
 
-def _scored(experiences: list[Experience]) -> list[tuple[Experience, int]]:
-    return [
-        (experience, i)
-        for experience in experiences
-        for i, rollout in enumerate(experience.group.rollouts)
-        if rollout.verdict.outcome is Outcome.SCORED
-    ]
+def _trained(experiences: list[Experience]) -> list[tuple[Experience, int]]:
+    return [(e, i) for e in experiences for i, advantage in enumerate(e.advantages) if advantage is not None]
 
 
 @given(experiences=_experiences(), ranks=st.integers(1, 4), max_tokens=st.integers(1, 60), share=st.booleans())
-def test_pack_scored_rollouts_come_out_once_with_their_payload_and_advantage(
+def test_pack_rollouts_that_are_trained_on_come_out_once_with_their_payload_and_advantage(
     experiences: list[Experience], ranks: int, max_tokens: int, share: bool
 ) -> None:
     packed = Counter(
@@ -114,18 +106,18 @@ def test_pack_scored_rollouts_come_out_once_with_their_payload_and_advantage(
     )
     expected = Counter(
         (e.group.prompt, r.payload, r.position, e.advantages[i], r.facts.num_tokens)
-        for e, i in _scored(experiences)
+        for e, i in _trained(experiences)
         for r in [e.group.rollouts[i]]
     )
     assert packed == expected
 
 
 @given(experiences=_experiences(), ranks=st.integers(1, 4), max_tokens=st.integers(1, 60), share=st.booleans())
-def test_pack_normaliser_is_the_scored_completion_tokens_of_the_whole_batch_on_every_rank(
+def test_pack_normaliser_is_the_trained_completion_tokens_of_the_whole_batch_on_every_rank(
     experiences: list[Experience], ranks: int, max_tokens: int, share: bool
 ) -> None:
     plans = _pack(experiences, ranks, max_tokens, share)
-    tokens = sum(e.group.rollouts[i].facts.num_tokens for e, i in _scored(experiences))
+    tokens = sum(e.group.rollouts[i].facts.num_tokens for e, i in _trained(experiences))
     assert [plan.batch_tokens for plan, _ in plans] == [tokens] * ranks
     assert sum(item.num_tokens for plan, _ in plans for _, item in _items(plan)) == tokens
 
