@@ -14,7 +14,14 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsError
 
-from maspo_ray.config_data import DataConfig, DataSource, HuggingFaceSource, JsonlSource, ReasoningGymSource
+from maspo_ray.config_data import (
+    DataConfig,
+    DataSource,
+    HuggingFaceSource,
+    JsonlSource,
+    ReasoningGymSource,
+    SamplerConfig,
+)
 from maspo_ray.config_objective import AdvantageConfig, GrpoConfig, KLConfig, MaspoConfig, ObjectiveConfig
 from maspo_ray.config_sections import (
     CheckpointConfig,
@@ -65,6 +72,7 @@ __all__ = [
     "RoleConfig",
     "RolloutConfig",
     "RunConfig",
+    "SamplerConfig",
     "Section",
     "UpdateOrder",
     "load_config",

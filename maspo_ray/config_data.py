@@ -48,6 +48,13 @@ class ReasoningGymSource(Section):
 DataSource = Annotated[JsonlSource | HuggingFaceSource | ReasoningGymSource, Field(discriminator="kind")]
 
 
+class SamplerConfig(Section):
+    path: str = "maspo_ray.samplers:UniformSampler"
+    """Dotted path `module:Class`; `maspo_ray.samplers:PassRateSampler` prefers prompts that are solved sometimes."""
+    args: dict[str, Any] = {}
+    """Keyword arguments of its constructor, besides what its protocol gives it."""
+
+
 class DataConfig(Section):
     train: DataSource
     eval: DataSource | None = None
@@ -58,6 +65,8 @@ class DataConfig(Section):
     max_prompt_tokens: int = Field(1024, ge=1)
     """Longer prompts are left out, counted."""
     shuffle: bool = True
+    sampler: SamplerConfig = SamplerConfig()
+    """What decides which training prompt comes next."""
 
     @model_validator(mode="after")
     def _system_prompt_needs_a_template(self) -> Self:

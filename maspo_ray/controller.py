@@ -8,7 +8,7 @@ import asyncio
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from maspo_ray.checks import Evaluator, ParityCheck
@@ -17,12 +17,13 @@ from maspo_ray.config import RunConfig
 from maspo_ray.curves import draw_curves
 from maspo_ray.experience import Prompt
 from maspo_ray.fleet import Fleet
-from maspo_ray.loading import load_classes
+from maspo_ray.loading import load_classes, load_sampler
 from maspo_ray.pipeline import Pipeline
 from maspo_ray.placement import Plan, demands
 from maspo_ray.preflight import preflight
 from maspo_ray.progress import Progress
 from maspo_ray.prompts import PromptStream, load_prompts
+from maspo_ray.protocols import Sampler
 from maspo_ray.reservation import Reservation, reserve, wait_for_cluster
 from maspo_ray.rollout_pool import ErrorWatch, RolloutPool
 from maspo_ray.run_folder import RunFolder
@@ -39,13 +40,13 @@ def train(config: RunConfig, resume: bool = False) -> RunSummary:
         RunError: the run could not go on.
     """
     preflight(config, resume)
-    classes = load_classes(config)
+    classes, sampler = load_classes(config), load_sampler(config.data, config.seed)
     with connected(config.placement) as may_grow:
         plan = wait_for_cluster(demands(config), config.placement.wait_s if may_grow else 0.0)
         config.check_batch_divides(len(plan.of_role("learner")))
         reservation = reserve(plan, config.placement.wait_s)
         try:
-            return asyncio.run(_Session(config, classes, plan, reservation).run())
+            return asyncio.run(_Session(config, classes, sampler, plan, reservation).run())
         finally:
             reservation.release()
 
@@ -53,8 +54,16 @@ def train(config: RunConfig, resume: bool = False) -> RunSummary:
 class _Session:
     """A run on a Ray that is there, in slots that are reserved."""
 
-    def __init__(self, config: RunConfig, classes: dict[str, type], plan: Plan, reservation: Reservation) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        classes: dict[str, type],
+        sampler: Callable[[int], Sampler],
+        plan: Plan,
+        reservation: Reservation,
+    ) -> None:
         self._config = config
+        self._sampler = sampler
         self._folder = RunFolder(config)
         self._record = RunRecord(config)
         self._timeline = Timeline(self._folder.write_trace)
@@ -91,7 +100,9 @@ class _Session:
             config,
             self._fleet,
             pool,
-            PromptStream(train_prompts, shuffle=config.data.shuffle, seed=config.seed),
+            PromptStream(
+                train_prompts, self._sampler(len(train_prompts)), shuffle=config.data.shuffle, seed=config.seed
+            ),
             Evaluator(pool, eval_prompts, config.eval, config.rollout, config.seed) if eval_prompts else None,
             parity,
             self._folder,

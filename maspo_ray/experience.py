@@ -174,6 +174,12 @@ class Group:
         return [starts[rollout.payload] + rollout.position for rollout in self.rollouts]
 
     @property
+    def pass_rate(self) -> float | None:
+        """The share of the rollouts that could be scored which are correct; None where none could."""
+        scored = [rollout.verdict.correct for rollout in self.rollouts if rollout.verdict.outcome is Outcome.SCORED]
+        return sum(scored) / len(scored) if scored else None
+
+    @property
     def rewards(self) -> list[float]:
         return [rollout.verdict.reward for rollout in self.rollouts]
 

@@ -8,11 +8,12 @@ this is cheap.
 import importlib
 import inspect
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from maspo_ray.config import RunConfig
+from maspo_ray.config import DataConfig, RunConfig
 from maspo_ray.errors import ConfigError
-from maspo_ray.protocols import LearnerActor, ReferenceActor, RewardActor, RolloutActor
+from maspo_ray.protocols import LearnerActor, ReferenceActor, RewardActor, RolloutActor, Sampler
 
 PROTOCOLS: dict[str, type] = {
     "rollout": RolloutActor,
@@ -39,7 +40,35 @@ def load_actor_class(role: str, dotted_path: str) -> type:
     Raises:
         ConfigError: no such module, no such class, or a method is missing or takes other arguments.
     """
-    field = f"{role}.actor is {dotted_path}"
+    return _load_class(f"{role}.actor is {dotted_path}", dotted_path, PROTOCOLS[role])
+
+
+def load_sampler(data: DataConfig, seed: int) -> Callable[[int], Sampler]:
+    """Returns what makes the sampler of so many prompts.
+
+    Raises:
+        ConfigError: as `load_actor_class` does for `data.sampler.path`, or the class does not take `data.sampler.args`.
+    """
+    path, args = data.sampler.path, data.sampler.args
+    sampler_class = _load_class(f"data.sampler.path is {path}", path, Sampler)
+
+    def make(num_prompts: int) -> Sampler:
+        try:
+            sampler: Sampler = sampler_class(num_prompts=num_prompts, shuffle=data.shuffle, seed=seed, **args)
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise ConfigError(
+                f"data.sampler.args is {args}; {sampler_class.__name__} does not take it ({_one_line(error)}). "
+                "Change data.sampler.args."
+            ) from error
+        return sampler
+
+    make(1)
+    return make
+
+
+def _load_class(field: str, dotted_path: str, protocol: type) -> type:
     module_name, _, class_name = dotted_path.partition(":")
     if not module_name or not class_name:
         raise ConfigError(f"{field}; it must read module:Class. Write it so.")
@@ -56,18 +85,21 @@ def load_actor_class(role: str, dotted_path: str) -> type:
             ) from None
         raise ConfigError(f"{field}; importing it fails: {error}. Install what it imports.") from None
     except Exception as error:
-        cause = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ConfigError(f"{field}; importing it fails: {cause}. Mend the module.") from error
-    actor_class = getattr(module, class_name, None)
-    if not inspect.isclass(actor_class):
+        raise ConfigError(f"{field}; importing it fails: {_one_line(error)}. Mend the module.") from error
+    found = getattr(module, class_name, None)
+    if not inspect.isclass(found):
         raise ConfigError(f"{field}; module {module_name} has no class {class_name}. Name one that it has.")
-    _check_protocol(field, actor_class, PROTOCOLS[role])
-    return actor_class
+    _check_protocol(field, found, protocol)
+    return found
 
 
-def _check_protocol(field: str, actor_class: type, protocol: type) -> None:
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _check_protocol(field: str, found: type, protocol: type) -> None:
     for name in protocol_methods(protocol):
-        method = getattr(actor_class, name, None)
+        method = getattr(found, name, None)
         if not callable(method):
             raise ConfigError(
                 f"{field}; the class has no method {name}, which {protocol.__name__} needs. "

@@ -14,14 +14,14 @@ from maspo_ray.buffer import ReadyBuffer
 from maspo_ray.checks import Evaluator, Parity, ParityCheck
 from maspo_ray.config import RunConfig
 from maspo_ray.errors import RunError
-from maspo_ray.experience import Experience, Group, Outcome, Prompt, PublishReport, UpdateReport
+from maspo_ray.experience import Experience, Group, Outcome, PublishReport, UpdateReport
 from maspo_ray.fleet import Fleet
 from maspo_ray.ledger import GroupLedger, GroupOutcome
 from maspo_ray.metrics import StepMetrics, combine_updates
 from maspo_ray.overlong import is_cut_off, overlong_penalty, trained_advantages, why_not_trained
 from maspo_ray.packing import pack
 from maspo_ray.progress import Progress
-from maspo_ray.prompts import PromptStream
+from maspo_ray.prompts import Draw, PromptStream
 from maspo_ray.rollout_pool import RolloutPool
 from maspo_ray.run_folder import RunFolder
 from maspo_ray.run_record import RunRecord
@@ -94,17 +94,19 @@ class Pipeline:
     async def _produce(self, tasks: asyncio.TaskGroup) -> None:
         while True:
             while self._gate.capacity() > 0:
-                epoch, prompt = self._prompts.epoch, self._prompts.next()
+                draw = self._prompts.next()
+                prompt_id = draw.prompt.prompt_id
                 group_id, self._num_groups = self._num_groups, self._num_groups + 1
                 version = self._gate.admit()
-                self._ledger.submit(group_id, prompt.prompt_id, version)
-                seeds = sampling_seeds(self._config.seed, prompt.prompt_id, epoch, self._config.rollout.group_size)
-                tasks.create_task(self._run_group(group_id, prompt, version, seeds))
+                self._ledger.submit(group_id, prompt_id, version)
+                group_size = self._config.rollout.group_size
+                seeds = sampling_seeds(self._config.seed, prompt_id, draw.times_drawn, group_size)
+                tasks.create_task(self._run_group(group_id, draw, version, seeds))
             self._admission.clear()
             await self._admission.wait()
 
-    async def _run_group(self, group_id: int, prompt: Prompt, version: int, seeds: list[int]) -> None:
-        rollout = self._config.rollout
+    async def _run_group(self, group_id: int, draw: Draw, version: int, seeds: list[int]) -> None:
+        rollout, prompt = self._config.rollout, draw.prompt
         reference = self._fleet.put(prompt)
         rollouts = await self._pool.sample(
             reference,
@@ -119,6 +121,8 @@ class Pipeline:
             self._admission.set()
             return
         group = Group(group_id, prompt.prompt_id, reference, len(prompt.token_ids), version, rollouts)
+        if group.pass_rate is not None:
+            self._prompts.observe(draw.index, group.pass_rate)
         overlong, pipeline = self._config.reward.overlong, self._config.pipeline
         penalties = [overlong_penalty(sampled.facts, rollout.max_new_tokens, overlong) for sampled in rollouts]
         rewards = [reward - penalty for reward, penalty in zip(group.rewards, penalties, strict=True)]

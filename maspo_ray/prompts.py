@@ -1,7 +1,7 @@
 """Rows → prompts, tokenised once, and an endless stream of them.
 
-Promise: a prompt's token ids are made once, here; no later part tokenises. The stream depends on its seed and on how many
-prompts were drawn alone, so that a restored one goes on with exactly what the saved one would have given. It never ends.
+Promise: a prompt's token ids are made once, here; no later part tokenises. The stream draws as its sampler says and never ends;
+a restored one goes on with exactly what the saved one would have given.
 
 How a prompt becomes ids. With `data.chat_template`: by the tokenizer's chat template, up to where the assistant's turn begins. Without:
 the text by the tokenizer's defaults, so with a BOS where the model was trained with one, but never with an EOS at its end, behind
@@ -9,16 +9,19 @@ which a model has nothing to say.
 """
 
 import logging
-import random
+import operator
+from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from maspo_ray.config import DataConfig, DataSource
 from maspo_ray.data_sources import Message, Row, read_rows
-from maspo_ray.errors import ConfigError
+from maspo_ray.errors import ConfigError, RunError
 from maspo_ray.experience import Prompt
+from maspo_ray.protocols import Sampler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -113,56 +116,87 @@ def _messages(prompt: str | list[Message], system_prompt: str | None) -> list[Me
     return [{"role": "system", "content": system_prompt}, *messages]
 
 
-class PromptStream:
-    """Gives prompts without end, each once in every epoch."""
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """A prompt that was drawn.
 
-    def __init__(self, prompts: Sequence[Prompt], *, shuffle: bool, seed: int) -> None:
-        """Args:
+    Attributes:
+        index: its place among the prompts.
+        times_drawn: how often it was drawn before; under a sampler that gives each once in every epoch, the epoch.
+    """
+
+    index: int
+    prompt: Prompt
+    times_drawn: int
+
+
+class PromptStream:
+    """Gives prompts without end, as a sampler says.
+
+    Args:
         prompts: at least one.
-        shuffle: a new order in every epoch, by the seed and the epoch; otherwise always the data's own.
-        """
-        assert prompts, "a stream needs a prompt"
+        sampler: of as many prompts, made with the same `shuffle` and `seed`.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], sampler: Sampler, *, shuffle: bool, seed: int) -> None:
         self._prompts = prompts
+        self._sampler = sampler
         self._shuffle = shuffle
         self._seed = seed
-        self._drawn = 0
-        self._order = self._order_of(0)
+        self._times_drawn: Counter[int] = Counter()
 
-    @property
-    def epoch(self) -> int:
-        """How many times all prompts have been given."""
-        return self._drawn // len(self._prompts)
+    def next(self) -> Draw:
+        """Returns the next draw.
 
-    def next(self) -> Prompt:
-        """Returns the next prompt."""
-        position = self._drawn % len(self._prompts)
-        if position == 0:
-            self._order = self._order_of(self.epoch)
-        self._drawn += 1
-        return self._prompts[self._order[position]]
+        Raises:
+            RunError: the sampler gave an index that no prompt has.
+        """
+        index = operator.index(self._sampler.next())
+        if not 0 <= index < len(self._prompts):
+            raise RunError(
+                f"{self._sampler_path}.next gave {index}; there are {len(self._prompts)} prompts, counted from 0. Mend the sampler."
+            )
+        draw = Draw(index, self._prompts[index], self._times_drawn[index])
+        self._times_drawn[index] += 1
+        return draw
 
-    def state(self) -> dict[str, int | bool]:
+    def observe(self, index: int, pass_rate: float) -> None:
+        """Tells the sampler which share of a group's scored completions was correct."""
+        self._sampler.observe(index, pass_rate)
+
+    def state(self) -> dict[str, Any]:
         """Returns what `restore` needs, as JSON can hold it."""
-        return {"drawn": self._drawn, "num_prompts": len(self._prompts), "seed": self._seed, "shuffle": self._shuffle}
+        return {
+            **self._identity(),
+            "sampler_state": self._sampler.state(),
+            "times_drawn": [[index, times] for index, times in sorted(self._times_drawn.items())],
+        }
 
-    def restore(self, state: dict[str, int | bool]) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         """Goes on where the stream stood whose `state` this is.
 
         Raises:
             ConfigError: that stream was over other prompts or in another order, so there is no such place in this one.
         """
-        own = self.state()
-        for name, key in (("num_prompts", "data.train"), ("seed", "seed"), ("shuffle", "data.shuffle")):
-            if state[name] != own[name]:
-                shown = f"{own[name]} prompts" if name == "num_prompts" else own[name]
+        keys = {"num_prompts": "data.train", "seed": "seed", "shuffle": "data.shuffle", "sampler": "data.sampler.path"}
+        for name, own in self._identity().items():
+            if state[name] != own:
+                shown = f"{own} prompts" if name == "num_prompts" else own
                 raise ConfigError(
-                    f"{key} is {shown}; the saved run had {state[name]}. Resume with the config it was saved with."
+                    f"{keys[name]} is {shown}; the saved run had {state[name]}. Resume with the config it was saved with."
                 )
-        self._drawn = int(state["drawn"])
-        self._order = self._order_of(self.epoch)
+        self._sampler.restore(state["sampler_state"])
+        self._times_drawn = Counter({int(index): int(times) for index, times in state["times_drawn"]})
 
-    def _order_of(self, epoch: int) -> list[int]:
-        order = list(range(len(self._prompts)))
-        if self._shuffle:
-            random.Random(f"{self._seed}/{epoch}").shuffle(order)
-        return order
+    def _identity(self) -> dict[str, Any]:
+        """Returns what two streams must share for the place in one to be a place in the other."""
+        return {
+            "num_prompts": len(self._prompts),
+            "seed": self._seed,
+            "shuffle": self._shuffle,
+            "sampler": self._sampler_path,
+        }
+
+    @property
+    def _sampler_path(self) -> str:
+        return f"{type(self._sampler).__module__}:{type(self._sampler).__qualname__}"

@@ -1,4 +1,4 @@
-"""What each role must offer, so that an actor of the user's own plugs in exactly as the built-in ones do.
+"""What each role must offer, so that an actor, or a sampler, of the user's own plugs in exactly as the built-in ones do.
 
 Promise: an actor is a plain class with a cheap constructor (it keeps its arguments) and a `setup` that does the heavy work.
 The constructor receives the keyword arguments of its role (see each protocol), and the section's `args` after them.
@@ -15,6 +15,33 @@ from maspo_ray.config import UpdateOrder
 from maspo_ray.experience import Completion, CompletionFacts, Prompt, PublishReport, UpdateReport, Verdict
 from maspo_ray.packing import RankPlan
 from maspo_ray.weight_sync import Backend
+
+
+class Sampler(Protocol):
+    """Decides which training prompt is drawn next. No actor: it lives in the controller, so its methods must be quick.
+
+    Constructor: `num_prompts: int, shuffle: bool, seed: int`, and `data.sampler.args` after them. It is called once for a single
+    prompt before anything starts, so that wrong arguments are answered at once, and again for as many as the data has.
+    """
+
+    def next(self) -> int:
+        """Returns the index, from 0 to `num_prompts` − 1, of the prompt to draw; there is always a next one."""
+        ...
+
+    def observe(self, index: int, pass_rate: float) -> None:
+        """Learns which share of a group's scored completions was correct, once the group is scored, also if it is filtered.
+
+        Groups end in another order than they were drawn in; one of which nothing could be scored is not told of.
+        """
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Returns what `restore` needs, as JSON can hold it."""
+        ...
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on where the sampler stood whose `state` this is; that one had the same `num_prompts`, `shuffle` and `seed`."""
+        ...
 
 
 class RewardActor(Protocol):

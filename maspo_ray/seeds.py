@@ -1,14 +1,19 @@
 """Seeds of the sampling, so that what an engine draws does not depend on when or where it is drawn.
 
-Promise: a completion's seed follows from the run's seed, its prompt, the epoch and its place in the group alone.
+Promise: a completion's seed follows from the run's seed, its prompt, how often that was drawn before, and its place in the group
+alone.
 """
 
 from hashlib import blake2b
 
 
-def sampling_seeds(run_seed: int, prompt_id: str, epoch: int, count: int) -> list[int]:
-    """Returns a seed for each completion of a group, at least 0 and below 2^63."""
+def sampling_seeds(run_seed: int, prompt_id: str, times_drawn: int, count: int) -> list[int]:
+    """Returns a seed for each completion of a group, at least 0 and below 2^63.
+
+    Args:
+        times_drawn: how often the prompt was drawn before, so that a prompt that comes again does not repeat its samples.
+    """
     return [
-        int.from_bytes(blake2b(f"{run_seed}/{epoch}/{i}/{prompt_id}".encode(), digest_size=8).digest()) >> 1
+        int.from_bytes(blake2b(f"{run_seed}/{times_drawn}/{i}/{prompt_id}".encode(), digest_size=8).digest()) >> 1
         for i in range(count)
     ]

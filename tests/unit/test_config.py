@@ -22,6 +22,7 @@ from maspo_ray.config import (
     ReasoningGymSource,
     RolloutConfig,
     RunConfig,
+    SamplerConfig,
     load_config,
 )
 from maspo_ray.errors import field_paths
@@ -148,6 +149,12 @@ def test_overlong_is_off_unless_set_and_a_flag_is_enough(tmp_path: Path) -> None
     config = _load(tmp_path, {}, *flags)
     assert config.reward.overlong == OverlongConfig(buffer_tokens=7, penalty=1.0) and config.pipeline.filter_overlong
     assert _load(tmp_path, {"reward.overlong": None}).reward.overlong is None
+
+
+def test_sampler_is_uniform_unless_named_and_its_args_can_be_given_as_a_flag(tmp_path: Path) -> None:
+    assert _load(tmp_path).data.sampler == SamplerConfig(path="maspo_ray.samplers:UniformSampler", args={})
+    flags = ("--data.sampler.path", "my_samplers:S", "--data.sampler.args", '{"decay": 0.5}')
+    assert _load(tmp_path, {}, *flags).data.sampler == SamplerConfig(path="my_samplers:S", args={"decay": 0.5})
 
 
 # What follows from other keys.

@@ -42,6 +42,7 @@ FLOORS = [
     "maspo_ray.update_watch",
     "maspo_ray.ledger",
     "maspo_ray.buffer",
+    "maspo_ray.samplers",
     "maspo_ray.data_sources",
     "maspo_ray.prompts",
     "maspo_ray.preflight",

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from maspo_ray.config import RunConfig
+from maspo_ray.config import DataConfig, RunConfig
 from maspo_ray.errors import ConfigError
-from maspo_ray.loading import PROTOCOLS, load_actor_class, load_classes, protocol_methods
+from maspo_ray.loading import PROTOCOLS, load_actor_class, load_classes, load_sampler, protocol_methods
+from maspo_ray.protocols import Sampler
+from maspo_ray.samplers import PassRateSampler, UniformSampler
 
 Write = Callable[[str], str]
 
@@ -184,3 +186,71 @@ def test_load_method_without_a_keyword_that_the_framework_passes_is_refused(writ
     assert "its method generate(self, prompt, *, temperature, max_new_tokens) cannot be called" in _fault(
         "rollout", f"{module}:A"
     )
+
+
+# Samplers.
+
+METHODS = """
+    def next(self): return 0
+    def observe(self, index, pass_rate): ...
+    def state(self): return {}
+    def restore(self, state): ...
+"""
+
+
+def _load_sampler(path: str | None = None, **args: object) -> Sampler:
+    section = {} if path is None else {"sampler": {"path": path, "args": args}}
+    data = DataConfig.model_validate({"train": {"kind": "jsonl", "path": "rows.jsonl"}, **section})
+    return load_sampler(data, seed=3)(5)
+
+
+def _sampler_fault(path: str, **args: object) -> str:
+    with pytest.raises(ConfigError) as caught:
+        _load_sampler(path, **args)
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+def test_load_sampler_is_uniform_unless_named_and_has_the_datas_seed_and_shuffle() -> None:
+    sampler, expected = _load_sampler(), UniformSampler(5, shuffle=True, seed=3)
+    assert isinstance(sampler, UniformSampler)
+    assert [sampler.next() for _ in range(10)] == [expected.next() for _ in range(10)]
+    assert isinstance(_load_sampler("maspo_ray.samplers:PassRateSampler", decay=0.9), PassRateSampler)
+
+
+def test_load_sampler_of_the_users_own_receives_its_args(write: Write) -> None:
+    constructor = (
+        "    def __init__(self, num_prompts, shuffle, seed, step): self.given = num_prompts, shuffle, seed, step\n"
+    )
+    module = write(f"class S:\n{constructor}{METHODS}")
+    assert vars(_load_sampler(f"{module}:S", step=2))["given"] == (5, True, 3, 2)
+
+
+def test_load_sampler_faults_name_the_field() -> None:
+    path = "data.sampler.path is no_such:S; there is no module no_such."
+    assert _sampler_fault("no_such:S").startswith(path)
+    assert _sampler_fault("maspo_ray.samplers:Uniform") == (
+        "data.sampler.path is maspo_ray.samplers:Uniform; module maspo_ray.samplers has no class Uniform. Name one that it has."
+    )
+
+
+def test_load_sampler_that_lacks_a_method_is_told_which(write: Write) -> None:
+    module = write(f"class S:\n{METHODS.replace('observe', 'see')}")
+    assert _sampler_fault(f"{module}:S").startswith(
+        f"data.sampler.path is {module}:S; the class has no method observe, which Sampler needs. Add observe(self"
+    )
+
+
+def test_load_sampler_wrong_args_are_answered_before_a_sampler_is_made(write: Write) -> None:
+    path = "maspo_ray.samplers:PassRateSampler"
+    assert _sampler_fault(path, decay=2) == (
+        "data.sampler.args.decay is 2; it must be at least 0 and below 1. Set it to 0.5."
+    )
+    fault = _sampler_fault(path, decy=0.5)
+    assert fault.startswith("data.sampler.args is {'decy': 0.5}; PassRateSampler does not take it (TypeError: ")
+    assert "unexpected keyword argument 'decy'" in fault and fault.endswith("). Change data.sampler.args.")
+    data = DataConfig.model_validate(
+        {"train": {"kind": "jsonl", "path": "x"}, "sampler": {"path": path, "args": {"floor": 0}}}
+    )
+    with pytest.raises(ConfigError, match="^data.sampler.args.floor is 0"):
+        load_sampler(data, seed=0)

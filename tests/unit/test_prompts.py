@@ -20,9 +20,10 @@ from transformers import PreTrainedTokenizerFast
 
 from maspo_ray.config import DataConfig, HuggingFaceSource, JsonlSource, ReasoningGymSource
 from maspo_ray.data_sources import read_rows
-from maspo_ray.errors import ConfigError
+from maspo_ray.errors import ConfigError, RunError
 from maspo_ray.experience import Prompt
 from maspo_ray.prompts import PromptStream, load_prompts
+from maspo_ray.samplers import PassRateSampler, UniformSampler
 
 LETTERS = "abcdefgh:|"
 BOS, EOS, UNK = 0, 1, 2
@@ -286,11 +287,16 @@ def test_load_prompts_all_too_long_says_how_long_the_shortest_is(tmp_path: Path)
 # The stream.
 
 
+def _stream(num_prompts: int, shuffle: bool = True, seed: int = 0) -> PromptStream:
+    sampler = UniformSampler(num_prompts, shuffle, seed)
+    return PromptStream(_prompts(num_prompts), sampler, shuffle=shuffle, seed=seed)
+
+
 def _drawn(stream: PromptStream, count: int) -> list[str]:
-    return [stream.next().prompt_id for _ in range(count)]
+    return [stream.next().prompt.prompt_id for _ in range(count)]
 
 
-def _state_of_a_file(state: dict[str, int | bool]) -> dict[str, int | bool]:
+def _as_a_file_has_it(state: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(state))
 
 
@@ -300,33 +306,37 @@ def _state_of_a_file(state: dict[str, int | bool]) -> dict[str, int | bool]:
 def test_stream_restored_gives_the_same_continuation(
     num_prompts: int, before: int, other: int, seed: int, shuffle: bool
 ) -> None:
-    prompts = _prompts(num_prompts)
-    stream = PromptStream(prompts, shuffle=shuffle, seed=seed)
+    stream, resumed = _stream(num_prompts, shuffle, seed), _stream(num_prompts, shuffle, seed)
     _drawn(stream, before)
-    state = _state_of_a_file(stream.state())
-    resumed = PromptStream(prompts, shuffle=shuffle, seed=seed)
+    state = _as_a_file_has_it(stream.state())
     _drawn(resumed, other)
     resumed.restore(state)
-    assert (resumed.epoch, resumed.state()) == (stream.epoch, stream.state())
-    assert _drawn(resumed, 3 * num_prompts) == _drawn(stream, 3 * num_prompts)
+    assert resumed.state() == stream.state() == state
+    count = 3 * num_prompts
+    continued, expected = ([s.next() for _ in range(count)] for s in (resumed, stream))
+    # A prompt's ids are an array, which is compared with nothing but itself.
+    assert [(draw.index, draw.times_drawn) for draw in continued] == [
+        (draw.index, draw.times_drawn) for draw in expected
+    ]
 
 
 @given(num_prompts=st.integers(1, 12), seed=st.integers(0, 5))
-def test_stream_every_epoch_gives_each_prompt_once(num_prompts: int, seed: int) -> None:
-    stream = PromptStream(_prompts(num_prompts), shuffle=True, seed=seed)
+def test_stream_every_epoch_gives_each_prompt_once_and_counts_the_times(num_prompts: int, seed: int) -> None:
+    stream = _stream(num_prompts, seed=seed)
     for epoch in range(3):
-        assert stream.epoch == epoch
-        assert sorted(_drawn(stream, num_prompts)) == sorted(prompt.prompt_id for prompt in _prompts(num_prompts))
+        draws = [stream.next() for _ in range(num_prompts)]
+        assert sorted(draw.index for draw in draws) == list(range(num_prompts))
+        assert all(draw.prompt.prompt_id == f"train/{draw.index}" for draw in draws)
+        assert {draw.times_drawn for draw in draws} == {epoch}
 
 
 def test_stream_without_shuffle_keeps_the_datas_order() -> None:
-    stream = PromptStream(_prompts(3), shuffle=False, seed=0)
-    assert _drawn(stream, 5) == ["train/0", "train/1", "train/2", "train/0", "train/1"]
+    assert _drawn(_stream(3, shuffle=False), 5) == ["train/0", "train/1", "train/2", "train/0", "train/1"]
 
 
 def test_stream_order_depends_on_seed_and_epoch() -> None:
     def epochs(seed: int) -> Sequence[list[str]]:
-        stream = PromptStream(_prompts(50), shuffle=True, seed=seed)
+        stream = _stream(50, seed=seed)
         return [_drawn(stream, 50), _drawn(stream, 50)]
 
     assert epochs(1) == epochs(1)
@@ -336,14 +346,61 @@ def test_stream_order_depends_on_seed_and_epoch() -> None:
     assert epochs(1)[1] != epochs(2)[0]
 
 
+class _Scripted:
+    """A sampler that gives what it is told to, and remembers what it was told."""
+
+    def __init__(self, *indices: int) -> None:
+        self._indices = list(indices)
+        self.observed: list[tuple[int, float]] = []
+
+    def next(self) -> int:
+        return self._indices.pop(0)
+
+    def observe(self, index: int, pass_rate: float) -> None:
+        self.observed.append((index, pass_rate))
+
+    def state(self) -> dict[str, Any]:
+        return {"left": self._indices}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._indices = list(state["left"])
+
+
+def test_stream_of_a_sampler_of_ones_own_counts_each_prompts_draws_and_restores_them() -> None:
+    sampler = _Scripted(1, 1, 0, 1)
+    stream = PromptStream(_prompts(2), sampler, shuffle=False, seed=0)
+    assert [(draw.index, draw.times_drawn) for draw in (stream.next(), stream.next())] == [(1, 0), (1, 1)]
+    stream.observe(1, 0.25)
+    assert sampler.observed == [(1, 0.25)]
+    resumed = PromptStream(_prompts(2), _Scripted(), shuffle=False, seed=0)
+    resumed.restore(_as_a_file_has_it(stream.state()))
+    assert [(draw.index, draw.times_drawn) for draw in (resumed.next(), resumed.next())] == [(0, 0), (1, 2)]
+
+
+@pytest.mark.parametrize("index", [-1, 2])
+def test_stream_index_that_no_prompt_has_is_an_error_that_names_the_sampler(index: int) -> None:
+    stream = PromptStream(_prompts(2), _Scripted(index), shuffle=False, seed=0)
+    with pytest.raises(RunError) as caught:
+        stream.next()
+    assert str(caught.value) == (
+        f"{__name__}:_Scripted.next gave {index}; there are 2 prompts, counted from 0. Mend the sampler."
+    )
+
+
 def test_stream_restore_of_another_data_set_or_order_is_refused() -> None:
-    state = PromptStream(_prompts(3), shuffle=True, seed=4).state()
+    state = _stream(3, seed=4).state()
     with pytest.raises(ConfigError) as caught:
-        PromptStream(_prompts(2), shuffle=True, seed=4).restore(state)
+        _stream(2, seed=4).restore(state)
     assert (
         str(caught.value) == "data.train is 2 prompts; the saved run had 3. Resume with the config it was saved with."
     )
     with pytest.raises(ConfigError, match="^seed is 5; the saved run had 4"):
-        PromptStream(_prompts(3), shuffle=True, seed=5).restore(state)
+        _stream(3, seed=5).restore(state)
     with pytest.raises(ConfigError, match="^data.shuffle is False; the saved run had True"):
-        PromptStream(_prompts(3), shuffle=False, seed=4).restore(state)
+        _stream(3, shuffle=False, seed=4).restore(state)
+    other = PromptStream(_prompts(3), PassRateSampler(3, True, 4), shuffle=True, seed=4)
+    with pytest.raises(
+        ConfigError,
+        match="^data.sampler.path is maspo_ray.samplers:PassRateSampler; the saved run had maspo_ray.samplers:UniformSampler",
+    ):
+        other.restore(state)

@@ -3,7 +3,7 @@
 from maspo_ray.seeds import sampling_seeds
 
 
-def test_seeds_depend_on_run_prompt_epoch_and_sample_and_on_nothing_else() -> None:
+def test_seeds_depend_on_run_prompt_times_drawn_and_sample_and_on_nothing_else() -> None:
     assert sampling_seeds(0, "a/1", 0, 4) == sampling_seeds(0, "a/1", 0, 8)[:4]
     others = [sampling_seeds(*key, 4) for key in ((0, "a/1", 0), (1, "a/1", 0), (0, "a/2", 0), (0, "a/1", 1))]
     drawn = [seed for seeds in others for seed in seeds]
