@@ -34,7 +34,9 @@ class HFReference:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = load_token_model(self._config).eval().requires_grad_(False).to(self._device)
 
-    def completion_logprobs(self, prompt: Prompt, *batches: Sequence[Completion]) -> Sequence[NDArray[np.float32]]:
+    def completion_logprobs(
+        self, prompt: Prompt, *batches: Sequence[Completion]
+    ) -> tuple[Sequence[NDArray[np.float32]], int]:
         from actors.token_model import completion_logprobs
 
         completions = [completion.token_ids for batch in batches for completion in batch]
@@ -42,4 +44,5 @@ class HFReference:
         room = max(1, (_ROW_TOKENS - len(prompt.token_ids)) // max(map(len, completions)))
         size = room if self._model.shares_prompts else 1
         bundles = [(prompt.token_ids, completions[i : i + size]) for i in range(0, len(completions), size)]
-        return completion_logprobs(self._model, bundles, self._temperature, self._device, _ROW_TOKENS)
+        found = completion_logprobs(self._model, bundles, self._temperature, self._device, _ROW_TOKENS)
+        return found, sum(map(len, completions))

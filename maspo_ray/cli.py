@@ -49,14 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _check(path: str, overrides: Sequence[str]) -> int:
-    from maspo_ray.loading import load_classes, load_sampler
+    from maspo_ray.loading import load_plugins
     from maspo_ray.placement import config_nodes, demands, plan
     from maspo_ray.preflight import preflight
 
     config = load_config(path, overrides)
     preflight(config, resume=False)
-    load_classes(config)
-    load_sampler(config.data, config.seed)
+    load_plugins(config)
     planned = plan(demands(config), config_nodes(config.placement))
     print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     print(planned.table())

@@ -25,6 +25,7 @@ from maspo_ray.config_data import (
 from maspo_ray.config_objective import AdvantageConfig, GrpoConfig, KLConfig, MaspoConfig, ObjectiveConfig
 from maspo_ray.config_sections import (
     CheckpointConfig,
+    DoorConfig,
     Dtype,
     EvalConfig,
     LearnerConfig,
@@ -35,6 +36,7 @@ from maspo_ray.config_sections import (
     ParityStatistic,
     PipelineConfig,
     PlacementConfig,
+    PluginConfig,
     ReferenceConfig,
     RewardConfig,
     RoleConfig,
@@ -50,6 +52,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "DataSource",
+    "DoorConfig",
     "Dtype",
     "EvalConfig",
     "GrpoConfig",
@@ -66,6 +69,7 @@ __all__ = [
     "ParityStatistic",
     "PipelineConfig",
     "PlacementConfig",
+    "PluginConfig",
     "ReasoningGymSource",
     "ReferenceConfig",
     "RewardConfig",

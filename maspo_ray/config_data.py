@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from maspo_ray.config_sections import Section
+from maspo_ray.config_sections import PluginConfig, Section
 
 
 class JsonlSource(Section):
@@ -48,11 +48,9 @@ class ReasoningGymSource(Section):
 DataSource = Annotated[JsonlSource | HuggingFaceSource | ReasoningGymSource, Field(discriminator="kind")]
 
 
-class SamplerConfig(Section):
+class SamplerConfig(PluginConfig):
     path: str = "maspo_ray.samplers:UniformSampler"
     """Dotted path `module:Class`; `maspo_ray.samplers:PassRateSampler` prefers prompts that are solved sometimes."""
-    args: dict[str, Any] = {}
-    """Keyword arguments of its constructor, besides what its protocol gives it."""
 
 
 class DataConfig(Section):

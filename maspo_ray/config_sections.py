@@ -19,6 +19,15 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+class PluginConfig(Section):
+    """A class of the controller's, and what it is made with."""
+
+    path: str
+    """Dotted path `module:Class`."""
+    args: dict[str, Any] = {}
+    """Keyword arguments of its constructor, besides what its protocol gives it."""
+
+
 class ModelConfig(Section):
     path: str
     """Folder of a Hugging Face model with its tokenizer, or a hub id such as `org/name`."""
@@ -231,6 +240,11 @@ class LearnerConfig(RoleConfig):
         return self
 
 
+class DoorConfig(PluginConfig):
+    path: str = "maspo_ray.door:DropStale"
+    """Dotted path `module:Class`; `maspo_ray.door:TrainStale` trains on what is at most `max_lag` versions behind."""
+
+
 class PipelineConfig(Section):
     steps: int = Field(100, ge=1)
     """Steps in all: a batch of groups trained on, then a publish."""
@@ -238,6 +252,8 @@ class PipelineConfig(Section):
     """Groups that one step trains on (B), in `learner.updates_per_batch` updates."""
     max_staleness: int = Field(1, ge=0)
     """Weight versions that a trained token may be behind the learner (η); 0 is on-policy and synchronous."""
+    door: DoorConfig = DoorConfig()
+    """What decides about a group that has gone past `max_staleness`."""
     parity_every: int = Field(10, ge=0)
     """Steps between checks that learner and rollout engine agree; 0 checks at start only."""
     parity_bound: float | None = Field(None, gt=0)

@@ -8,7 +8,7 @@ import asyncio
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from maspo_ray.checks import Evaluator, ParityCheck
@@ -17,13 +17,12 @@ from maspo_ray.config import RunConfig
 from maspo_ray.curves import draw_curves
 from maspo_ray.experience import Prompt
 from maspo_ray.fleet import Fleet
-from maspo_ray.loading import load_classes, load_sampler
+from maspo_ray.loading import Plugins, load_plugins
 from maspo_ray.pipeline import Pipeline
 from maspo_ray.placement import Plan, demands
 from maspo_ray.preflight import preflight
 from maspo_ray.progress import Progress
 from maspo_ray.prompts import PromptStream, load_prompts
-from maspo_ray.protocols import Sampler
 from maspo_ray.reservation import Reservation, reserve, wait_for_cluster
 from maspo_ray.rollout_pool import ErrorWatch, RolloutPool
 from maspo_ray.run_folder import RunFolder
@@ -40,13 +39,13 @@ def train(config: RunConfig, resume: bool = False) -> RunSummary:
         RunError: the run could not go on.
     """
     preflight(config, resume)
-    classes, sampler = load_classes(config), load_sampler(config.data, config.seed)
+    plugins = load_plugins(config)
     with connected(config.placement) as may_grow:
         plan = wait_for_cluster(demands(config), config.placement.wait_s if may_grow else 0.0)
         config.check_batch_divides(len(plan.of_role("learner")))
         reservation = reserve(plan, config.placement.wait_s)
         try:
-            return asyncio.run(_Session(config, classes, sampler, plan, reservation).run())
+            return asyncio.run(_Session(config, plugins, plan, reservation).run())
         finally:
             reservation.release()
 
@@ -54,21 +53,14 @@ def train(config: RunConfig, resume: bool = False) -> RunSummary:
 class _Session:
     """A run on a Ray that is there, in slots that are reserved."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        classes: dict[str, type],
-        sampler: Callable[[int], Sampler],
-        plan: Plan,
-        reservation: Reservation,
-    ) -> None:
+    def __init__(self, config: RunConfig, plugins: Plugins, plan: Plan, reservation: Reservation) -> None:
         self._config = config
-        self._sampler = sampler
+        self._plugins = plugins
         self._folder = RunFolder(config)
         self._record = RunRecord(config)
         self._timeline = Timeline(self._folder.write_trace)
         self._errors = ErrorWatch(config.reward.max_error_rate)
-        self._fleet = Fleet(config, classes, plan, reservation)
+        self._fleet = Fleet(config, plugins.classes, plan, reservation)
         self._pipeline: Pipeline | None = None
 
     async def run(self) -> RunSummary:
@@ -101,7 +93,7 @@ class _Session:
             self._fleet,
             pool,
             PromptStream(
-                train_prompts, self._sampler(len(train_prompts)), shuffle=config.data.shuffle, seed=config.seed
+                train_prompts, self._plugins.sampler(len(train_prompts)), shuffle=config.data.shuffle, seed=config.seed
             ),
             Evaluator(pool, eval_prompts, config.eval, config.rollout, config.seed) if eval_prompts else None,
             parity,
@@ -109,6 +101,7 @@ class _Session:
             progress,
             self._record,
             self._timeline,
+            self._plugins.door,
         )
         await self._pipeline.run()
         if config.checkpoint.save_final:

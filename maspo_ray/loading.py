@@ -9,11 +9,13 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from maspo_ray.config import DataConfig, RunConfig
+from maspo_ray.config import DataConfig, PipelineConfig, PluginConfig, RunConfig
 from maspo_ray.errors import ConfigError
-from maspo_ray.protocols import LearnerActor, ReferenceActor, RewardActor, RolloutActor, Sampler
+from maspo_ray.protocols import DoorPolicy, LearnerActor, ReferenceActor, RewardActor, RolloutActor, Sampler
 
 PROTOCOLS: dict[str, type] = {
     "rollout": RolloutActor,
@@ -26,6 +28,29 @@ PROTOCOLS: dict[str, type] = {
 def protocol_methods(protocol: type) -> list[str]:
     """Returns the names of the methods that a protocol asks for, in its order."""
     return [name for name, value in vars(protocol).items() if inspect.isfunction(value) and not name.startswith("_")]
+
+
+@dataclass(frozen=True, slots=True)
+class Plugins:
+    """What a config names by dotted path, loaded and checked.
+
+    Attributes:
+        classes: the actor's class of each role that the run starts.
+        sampler: makes the sampler of so many prompts.
+    """
+
+    classes: dict[str, type]
+    sampler: Callable[[int], Sampler]
+    door: DoorPolicy
+
+
+def load_plugins(config: RunConfig) -> Plugins:
+    """Returns all that a run needs.
+
+    Raises:
+        ConfigError: one cannot be loaded.
+    """
+    return Plugins(load_classes(config), load_sampler(config.data, config.seed), load_door(config.pipeline))
 
 
 def load_classes(config: RunConfig) -> dict[str, type]:
@@ -49,22 +74,41 @@ def load_sampler(data: DataConfig, seed: int) -> Callable[[int], Sampler]:
     Raises:
         ConfigError: as `load_actor_class` does for `data.sampler.path`, or the class does not take `data.sampler.args`.
     """
-    path, args = data.sampler.path, data.sampler.args
-    sampler_class = _load_class(f"data.sampler.path is {path}", path, Sampler)
+    make = _load_plugin("data.sampler", data.sampler, Sampler)
 
-    def make(num_prompts: int) -> Sampler:
+    def sampler_of(num_prompts: int) -> Sampler:
+        sampler: Sampler = make(num_prompts=num_prompts, shuffle=data.shuffle, seed=seed)
+        return sampler
+
+    sampler_of(1)
+    return sampler_of
+
+
+def load_door(pipeline: PipelineConfig) -> DoorPolicy:
+    """Returns the policy that `pipeline.door` names.
+
+    Raises:
+        ConfigError: as `load_sampler` does.
+    """
+    door: DoorPolicy = _load_plugin("pipeline.door", pipeline.door, DoorPolicy)(max_staleness=pipeline.max_staleness)
+    return door
+
+
+def _load_plugin(field: str, plugin: PluginConfig, protocol: type) -> Callable[..., Any]:
+    """Returns what makes a plugin from what its protocol gives it."""
+    plugin_class = _load_class(f"{field}.path is {plugin.path}", plugin.path, protocol)
+
+    def make(**given: Any) -> Any:
         try:
-            sampler: Sampler = sampler_class(num_prompts=num_prompts, shuffle=data.shuffle, seed=seed, **args)
+            return plugin_class(**given, **plugin.args)
         except ConfigError:
             raise
         except Exception as error:
             raise ConfigError(
-                f"data.sampler.args is {args}; {sampler_class.__name__} does not take it ({_one_line(error)}). "
-                "Change data.sampler.args."
+                f"{field}.args is {plugin.args}; {plugin_class.__name__} does not take it ({_one_line(error)}). "
+                f"Change {field}.args."
             ) from error
-        return sampler
 
-    make(1)
     return make
 
 

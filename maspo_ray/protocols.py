@@ -1,4 +1,4 @@
-"""What each role must offer, so that an actor, or a sampler, of the user's own plugs in exactly as the built-in ones do.
+"""What each role must offer, so that an actor, a sampler or a door's policy of the user's own plugs in exactly as the built-in ones do.
 
 Promise: an actor is a plain class with a cheap constructor (it keeps its arguments) and a `setup` that does the heavy work.
 The constructor receives the keyword arguments of its role (see each protocol), and the section's `args` after them.
@@ -12,7 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maspo_ray.config import UpdateOrder
-from maspo_ray.experience import Completion, CompletionFacts, Prompt, PublishReport, UpdateReport, Verdict
+from maspo_ray.experience import (
+    Completion,
+    CompletionFacts,
+    Experience,
+    Prompt,
+    PublishReport,
+    UpdateReport,
+    Verdict,
+)
 from maspo_ray.packing import RankPlan
 from maspo_ray.weight_sync import Backend
 
@@ -41,6 +49,25 @@ class Sampler(Protocol):
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on where the sampler stood whose `state` this is; that one had the same `num_prompts`, `shuffle` and `seed`."""
+        ...
+
+
+class DoorPolicy(Protocol):
+    """Decides at the learner's door about groups that have gone past `pipeline.max_staleness`. Lives in the controller.
+
+    Constructor: `max_staleness: int`, and `pipeline.door.args` after it.
+    """
+
+    def oldest_version(self, version: int) -> int:
+        """Returns the version from which on tokens may still be trained on when the learner is at `version`: a group with an older
+        one is cancelled where it is."""
+        ...
+
+    def judge(self, experience: Experience, version: int) -> Experience | None:
+        """Returns what to train on of a group that is past the bound, or None to drop it, counted as stale.
+
+        Asked each time that the learner at `version` looks for a batch.
+        """
         ...
 
 
@@ -109,8 +136,11 @@ class ReferenceActor(Protocol):
 
     def setup(self) -> None: ...
 
-    def completion_logprobs(self, prompt: Prompt, *batches: Sequence[Completion]) -> Sequence[NDArray[np.float32]]:
-        """Returns, for each completion of the batches in turn, [tokens] float32 log-probs at the sampling temperature."""
+    def completion_logprobs(
+        self, prompt: Prompt, *batches: Sequence[Completion]
+    ) -> tuple[Sequence[NDArray[np.float32]], int]:
+        """Returns, for each completion of the batches in turn, [tokens] float32 log-probs at the sampling temperature, which stay in
+        the object store; and how many tokens there were, which the controller may know."""
         ...
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import math
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -10,16 +9,19 @@ import numpy as np
 import pytest
 
 from maspo_ray.config import RunConfig
+from maspo_ray.door import DropStale
 from maspo_ray.experience import CompletionFacts, Experience, Outcome, Prompt, Rollout, Verdict
-from maspo_ray.pipeline import Pipeline
+from maspo_ray.intake import Intake
+from maspo_ray.producer import Producer
 from maspo_ray.prompts import PromptStream
 from maspo_ray.samplers import PassRateSampler
+from maspo_ray.timeline import Timeline
 
 MAX_NEW_TOKENS = 8
 
 
 class _Group:
-    """A pipeline through which one group of given rollouts goes."""
+    """A producer whose groups all have the same rollouts, as many as may start."""
 
     def __init__(self, rollouts: list[Rollout], **sections: Any) -> None:
         tree = {
@@ -36,44 +38,45 @@ class _Group:
         async def sample(*_: Any, **__: Any) -> tuple[Rollout, ...]:
             return tuple(rollouts)
 
-        nothing = cast(Any, None)
-        self.pipeline = Pipeline(
-            RunConfig.model_validate(tree),
+        config = RunConfig.model_validate(tree)
+        pipeline = config.pipeline
+        self.intake = Intake(
+            pipeline.groups_per_step,
+            pipeline.max_staleness,
+            pipeline.steps,
+            DropStale(pipeline.max_staleness),
+            self.ledger.append,
+        )
+        self.producer = Producer(
+            config,
             cast(Any, SimpleNamespace(of_role=lambda role: [], put=lambda value: value)),
             cast(Any, SimpleNamespace(sample=sample)),
             PromptStream(prompts, self.sampler, shuffle=False, seed=0),
-            nothing,
-            nothing,
-            cast(Any, SimpleNamespace(path=Path(), write_ledger=self.ledger.append)),
-            nothing,
-            nothing,
-            nothing,
+            self.intake,
+            Timeline(lambda event: None),
         )
         asyncio.run(self._run())
 
     async def _run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
-            producer = tasks.create_task(self.pipeline._produce(tasks))
+            producer = tasks.create_task(self.producer.run(tasks))
             # One turn in which every group that there is capacity for is drawn, then theirs.
             await asyncio.sleep(0)
             producer.cancel()
 
     @property
     def experience(self) -> Experience:
-        return self.pipeline._buffer.take(1)[0]
+        batch = self.intake.take()
+        assert batch is not None
+        return batch[0]
 
     @property
     def metrics(self) -> dict[str, float]:
-        return self.pipeline._metrics.reduce()
+        return self.producer.take_metrics().reduce()
 
     @property
     def causes(self) -> set[str]:
         return {row["cause"] for row in self.ledger}
-
-
-@pytest.fixture(autouse=True)
-def _without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ray.put", lambda value: value)
 
 
 def _rollout(i: int, reward: float, num_tokens: int = 4, finish_reason: str = "stop") -> Rollout:
@@ -91,18 +94,20 @@ def test_group_advantages_are_of_rewards_less_the_penalty_and_the_metrics_of_the
     group = _Group(rollouts, reward={"overlong": {"buffer_tokens": 4, "penalty": 0.8}})
     # Penalties: 0, 0.8 · (7 − 4) / 4 = 0.6, 0.8. Rewards 1, 0.4, −0.8, of mean 0.2.
     assert group.experience.advantages == pytest.approx((0.8, 0.2, -1.0, None))
-    assert group.metrics["reward/mean"] == group.metrics["reward/accuracy"] == pytest.approx(2 / 3)
-    assert group.metrics["reward/overlong_penalty"] == pytest.approx(1.4 / 3)
-    assert group.metrics["completion/cut_off_share"] == 0.5
-    assert group.metrics["completion/left_out_share"] == 0.25
+    metrics = group.metrics
+    assert metrics["reward/mean"] == metrics["reward/accuracy"] == pytest.approx(2 / 3)
+    assert metrics["reward/overlong_penalty"] == pytest.approx(1.4 / 3)
+    assert metrics["completion/cut_off_share"] == 0.5
+    assert metrics["completion/left_out_share"] == 0.25
 
 
 def test_group_cut_off_completions_are_left_out_after_they_counted_in_the_baseline() -> None:
     rollouts = [_rollout(0, 1.0), _rollout(1, 0.0), _rollout(2, 0.0, 8, "length"), _rollout(3, 0.0, 8, "length")]
     group = _Group(rollouts, pipeline={"filter_overlong": True})
     assert group.experience.advantages == (0.75, -0.25, None, None)
-    assert group.metrics["completion/left_out_share"] == 0.5
-    assert "reward/overlong_penalty" not in group.metrics
+    metrics = group.metrics
+    assert metrics["completion/left_out_share"] == 0.5
+    assert "reward/overlong_penalty" not in metrics
 
 
 @pytest.mark.parametrize(
@@ -119,7 +124,7 @@ def test_group_that_is_filtered_makes_room_and_its_pass_rate_is_observed(
     rollouts = [_rollout(0, rewards[0], 8, "length"), _rollout(1, rewards[1], 8, "length"), _rollout(2, rewards[2])]
     group = _Group(rollouts, pipeline={"filter_overlong": True, "groups_per_step": 1, "max_staleness": 0})
     assert group.causes == {cause} and {row["outcome"] for row in group.ledger} == {"filtered"}
-    assert group.pipeline._gate.capacity() == 1
+    assert group.intake.capacity() == 1
     # ½ is not above ½: correct are 1 of 3, and 3 of 3.
     assert group.sampler.state()["pass_rates"] == [[0, pytest.approx(sum(reward > 0.5 for reward in rewards) / 3)]]
 

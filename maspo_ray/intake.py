@@ -1,0 +1,145 @@
+"""The groups of a run from their admission to their end: gate, ledger, buffer and door, always in step.
+
+Promise: every admitted group ends exactly once, as trained, filtered, stale or failed; what `take` returns is within `max_staleness`, or
+the door's policy has let it in; a place that a group does not use is given back. A pure state machine: it owns no tasks, no clock
+and no actors.
+"""
+
+from collections.abc import Callable, Sequence
+
+from maspo_ray.buffer import ReadyBuffer
+from maspo_ray.experience import Experience, Group
+from maspo_ray.ledger import GroupLedger, GroupOutcome
+from maspo_ray.protocols import DoorPolicy
+from maspo_ray.staleness import StalenessGate
+
+
+class Intake:
+    """Counts and holds groups on their way to the learner.
+
+    Args:
+        sink: receives the ledger's rows.
+    """
+
+    def __init__(
+        self,
+        groups_per_step: int,
+        max_staleness: int,
+        steps: int,
+        door: DoorPolicy,
+        sink: Callable[[dict[str, object]], None],
+    ) -> None:
+        self._groups_per_step = groups_per_step
+        self._gate = StalenessGate(groups_per_step, max_staleness, steps * groups_per_step)
+        self._ledger = GroupLedger(sink)
+        self._fresh = ReadyBuffer()
+        self._let_in = ReadyBuffer()
+        self._door = door
+        self._num_groups = 0
+
+    @property
+    def version(self) -> int:
+        return self._gate.version
+
+    @property
+    def running(self) -> int:
+        """Groups that are on their way."""
+        return self._gate.running
+
+    @property
+    def ready(self) -> int:
+        """Groups that wait for the learner."""
+        return self._gate.ready
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Groups submitted, and by outcome."""
+        return self._ledger.counts
+
+    @property
+    def oldest_trainable_version(self) -> int:
+        """A group with an older token is refused at the door, now and later: what is left of it need not be generated."""
+        return self._door.oldest_version(self._gate.version)
+
+    def capacity(self) -> int:
+        """Returns how many groups may start now."""
+        return self._gate.capacity()
+
+    def admit(self, prompt_id: str) -> tuple[int, int]:
+        """Starts a group; returns its id and the version at its admission."""
+        group_id, version = self._num_groups, self._gate.admit()
+        self._num_groups += 1
+        self._ledger.submit(group_id, prompt_id, version)
+        return group_id, version
+
+    def accept(self, experience: Experience) -> None:
+        """A running group is ready for the learner."""
+        self._fresh.put(experience)
+        self._gate.accept()
+
+    def drop(self, group: Group, outcome: GroupOutcome, cause: str) -> None:
+        """A running group ends without being trained on; another may start in its place."""
+        self._end(group, outcome, cause=cause)
+        self._gate.give_back_running()
+
+    def expired(self, group_id: int) -> None:
+        """A running group was cancelled, since it could no longer be trained on; another may start in its place."""
+        self._ledger.end(group_id, GroupOutcome.STALE, cause="cancelled: its first tokens went past the bound")
+        self._gate.give_back_running()
+
+    def take(self) -> list[Experience] | None:
+        """Returns a step's experiences, the oldest, or None where there are too few.
+
+        What has gone past the bound is let in or leaves here, counted.
+        """
+        oldest = self._gate.oldest_allowed_version
+        for late in self._let_in.pop_stale(oldest) + self._fresh.pop_stale(oldest):
+            kept = self._door.judge(late, self._gate.version)
+            if kept is not None:
+                self._let_in.put(kept)
+            else:
+                self._end(late.group, GroupOutcome.STALE)
+                self._gate.give_back_accepted()
+        if len(self._let_in) + len(self._fresh) < self._groups_per_step:
+            return None
+        count = min(len(self._let_in), self._groups_per_step)
+        fresh = self._fresh.take(self._groups_per_step - count) or []
+        assert all(self._gate.is_fresh(experience.group.min_version) for experience in fresh), (
+            "a group is past the bound"
+        )
+        return [*(self._let_in.take(count) or ()), *fresh]
+
+    def publish(self, version: int) -> None:
+        """The learner trained on what `take` returned, and its weights are now `version`."""
+        self._gate.publish(version)
+
+    def trained(self, experience: Experience, step: int, applied: bool) -> None:
+        """Ends a group of a step that was published.
+
+        Args:
+            applied: whether its update changed the weights.
+        """
+        if applied:
+            self._end(experience.group, GroupOutcome.TRAINED, step=step)
+        else:
+            self._end(experience.group, GroupOutcome.FAILED, cause="its update was left out")
+
+    def close(self) -> None:
+        """Ends what has not ended; then every group has, once."""
+        for group_id in self._ledger.open_ids:
+            self._ledger.end(group_id, GroupOutcome.FAILED, cause="the run ended")
+        self._ledger.check_balanced()
+
+    def lags(self, batch: Sequence[Experience]) -> list[int]:
+        """Returns how many versions behind the oldest token of each is."""
+        return [self._gate.version - experience.group.min_version for experience in batch]
+
+    def _end(self, group: Group, outcome: GroupOutcome, step: int | None = None, cause: str | None = None) -> None:
+        self._ledger.end(
+            group.group_id,
+            outcome,
+            min_version=group.min_version,
+            max_version=group.max_version,
+            step=step,
+            cause=cause,
+        )

@@ -1,0 +1,138 @@
+"""Prompts → ready experiences: the half of a run that never waits for the learner longer than the bound makes it.
+
+Promise: every group that it admits it hands on, drops, or gives back, once; a failure of any of them ends the run with its cause.
+What may start is the intake's to say.
+"""
+
+import asyncio
+from typing import Any
+
+from maspo_ray.advantages import group_advantages
+from maspo_ray.config import RunConfig
+from maspo_ray.errors import RunError
+from maspo_ray.experience import Experience, Group, Outcome
+from maspo_ray.fleet import Fleet, named
+from maspo_ray.intake import Intake
+from maspo_ray.ledger import GroupOutcome
+from maspo_ray.metrics import StepMetrics
+from maspo_ray.overlong import is_cut_off, overlong_penalty, trained_advantages, why_not_trained
+from maspo_ray.prompts import Draw, PromptStream
+from maspo_ray.rollout_pool import RolloutPool
+from maspo_ray.seeds import sampling_seeds
+from maspo_ray.timeline import Timeline
+
+
+class Producer:
+    """Starts groups as the intake allows, and sees each to the learner's door.
+
+    Attributes:
+        arrived: set whenever a group has become ready.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        fleet: Fleet,
+        pool: RolloutPool,
+        prompts: PromptStream,
+        intake: Intake,
+        timeline: Timeline,
+    ) -> None:
+        self._config = config
+        self._fleet = fleet
+        self._pool = pool
+        self._prompts = prompts
+        self._intake = intake
+        self._timeline = timeline
+        self._admission = asyncio.Event()
+        self._metrics = StepMetrics()
+        self._dropped_in_a_row = 0
+        self.arrived = asyncio.Event()
+
+    def take_metrics(self) -> StepMetrics:
+        """Returns what was measured of the groups that ended since this was last asked."""
+        taken, self._metrics = self._metrics, StepMetrics()
+        return taken
+
+    def wake(self) -> None:
+        """There may be room for another group."""
+        self._admission.set()
+
+    async def run(self, tasks: asyncio.TaskGroup) -> None:
+        """Starts groups in `tasks`, without end."""
+        while True:
+            while self._intake.capacity() > 0:
+                draw = self._prompts.next()
+                group_id, version = self._intake.admit(draw.prompt.prompt_id)
+                tasks.create_task(self._run_group(group_id, draw, version))
+            self._admission.clear()
+            await self._admission.wait()
+
+    async def _run_group(self, group_id: int, draw: Draw, version: int) -> None:
+        rollout, prompt = self._config.rollout, draw.prompt
+        reference = self._fleet.put(prompt)
+        rollouts = await self._pool.sample(
+            reference,
+            len(prompt.token_ids),
+            temperature=rollout.temperature,
+            max_new_tokens=rollout.max_new_tokens,
+            seeds=sampling_seeds(self._config.seed, prompt.prompt_id, draw.times_drawn, rollout.group_size),
+        )
+        if rollouts is None:
+            self._metrics.add("groups/cancelled", 1, reduction="sum")
+            self._intake.expired(group_id)
+            self.wake()
+            return
+        group = Group(group_id, prompt.prompt_id, reference, len(prompt.token_ids), version, rollouts)
+        if group.pass_rate is not None:
+            self._prompts.observe(draw.index, group.pass_rate)
+        overlong, pipeline = self._config.reward.overlong, self._config.pipeline
+        penalties = [overlong_penalty(sampled.facts, rollout.max_new_tokens, overlong) for sampled in rollouts]
+        rewards = [reward - penalty for reward, penalty in zip(group.rewards, penalties, strict=True)]
+        advantages = group_advantages(rewards, self._config.advantage)
+        trained = trained_advantages(rollouts, advantages.values, pipeline.filter_overlong)
+        self._measure(group, penalties, trained)
+        if advantages.num_scored < 2:
+            self._drop(group, GroupOutcome.FAILED, "fewer than two completions could be scored")
+        elif cause := why_not_trained(trained, advantages, pipeline.filter_zero_variance):
+            self._drop(group, GroupOutcome.FILTERED, cause)
+        else:
+            self._dropped_in_a_row = 0
+            self._intake.accept(Experience(group, trained, await self._reference_logprobs(group)))
+            self.arrived.set()
+
+    async def _reference_logprobs(self, group: Group) -> Any:
+        """Returns a reference to what a reference actor has computed, None without KL."""
+        actors = self._fleet.of_role("reference")
+        if not actors:
+            return None
+        replica = group.group_id % len(actors)
+        with self._timeline.span(f"reference/{replica}", "score"):
+            call = actors[replica].completion_logprobs.options(num_returns=2)
+            logprobs, num_tokens = call.remote(group.prompt, *group.payloads)
+            await named(f"reference/{replica} failed to score", num_tokens)
+        return logprobs
+
+    def _drop(self, group: Group, outcome: GroupOutcome, cause: str) -> None:
+        """Ends a running group without training on it; another may start in its place."""
+        self._intake.drop(group, outcome, cause)
+        self._metrics.add(f"groups/{outcome}", 1, reduction="sum")
+        self._dropped_in_a_row += 1
+        limit = self._config.pipeline.max_dropped_in_a_row
+        if self._dropped_in_a_row >= limit:
+            raise RunError(
+                f"the last {limit} groups could not be trained on (the latest: {cause}), and waiting would not end. Take a "
+                "task that the model solves sometimes, raise rollout.group_size, or raise pipeline.max_dropped_in_a_row."
+            )
+        self.wake()
+
+    def _measure(self, group: Group, penalties: list[float], trained: tuple[float | None, ...]) -> None:
+        for rollout, penalty, advantage in zip(group.rollouts, penalties, trained, strict=True):
+            if rollout.verdict.outcome is Outcome.SCORED:
+                self._metrics.add("reward/mean", rollout.verdict.reward)
+                self._metrics.add("reward/accuracy", float(rollout.verdict.correct))
+                if self._config.reward.overlong is not None:
+                    self._metrics.add("reward/overlong_penalty", penalty)
+            self._metrics.add("completion/tokens_mean", rollout.facts.num_tokens)
+            self._metrics.add("completion/cut_off_share", float(is_cut_off(rollout.facts)))
+            self._metrics.add("completion/left_out_share", float(advantage is None))
