@@ -39,10 +39,13 @@ class HFReference:
     ) -> tuple[Sequence[NDArray[np.float32]], int]:
         from actors.token_model import completion_logprobs
 
-        completions = [completion.token_ids for batch in batches for completion in batch]
+        ended = [completion for batch in batches for completion in batch]
+        # Whichever ended first: rounding depends on what lies beside what.
+        order = sorted(range(len(ended)), key=lambda i: ended[i].sample)
+        completions = [ended[i].token_ids for i in order]
         # So many behind one copy of the prompt that each row is about full.
         room = max(1, (_ROW_TOKENS - len(prompt.token_ids)) // max(map(len, completions)))
         size = room if self._model.shares_prompts else 1
         bundles = [(prompt.token_ids, completions[i : i + size]) for i in range(0, len(completions), size)]
         found = completion_logprobs(self._model, bundles, self._temperature, self._device, _ROW_TOKENS)
-        return found, sum(map(len, completions))
+        return [found[order.index(i)] for i in range(len(ended))], sum(map(len, completions))
