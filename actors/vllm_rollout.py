@@ -157,16 +157,7 @@ class VLLMRollout:
         sample: int,
         seed: int | None,
     ) -> Completion:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        parameters = SamplingParams(
-            temperature=temperature,
-            max_tokens=max_new_tokens,
-            seed=seed,
-            logprobs=0,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
+        parameters = self._parameters(temperature, max_new_tokens, seed)
         async with self._places:
             await self._steady.wait()
             salted = self._version
@@ -185,6 +176,19 @@ class VLLMRollout:
             finish_reason=str(output.finish_reason),
             text=output.text,
             sample=sample,
+        )
+
+    def _parameters(self, temperature: float, max_new_tokens: int, seed: int | None) -> Any:
+        """Returns the sampling parameters of one completion."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            temperature=temperature,
+            max_tokens=max_new_tokens,
+            seed=seed,
+            logprobs=0,
+            output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
     async def _run(self, token_ids: NDArray[np.int32], parameters: Any, version: int) -> Any:
