@@ -39,8 +39,10 @@ class StepMetrics:
         assert weight == 1 or reduction == "mean", (
             f"{name} was added with weight {weight}; a {reduction} has no weights."
         )
-        start = -math.inf if reduction == "max" else 0.0
-        held = self._accumulators.setdefault(name, _Accumulator(reduction, start, 0.0))
+        held = self._accumulators.get(name)
+        if held is None:
+            start = -math.inf if reduction == "max" else 0.0
+            held = self._accumulators[name] = _Accumulator(reduction, start, 0.0)
         assert held.reduction == reduction, f"{name} was added as a {reduction}; it is a {held.reduction}."
         if weight > 0:
             held.value = _fold(reduction, held.value, float(value), weight)
@@ -93,6 +95,9 @@ def json_value(value: object) -> object:
     return value
 
 
+_encode = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode
+
+
 class JsonlWriter:
     """Appends one JSON object a line to a file; each line is on its way to the disk when `write` returns."""
 
@@ -101,7 +106,7 @@ class JsonlWriter:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: Mapping[str, object]) -> None:
-        self._file.write(json.dumps(json_value(row), allow_nan=False, ensure_ascii=False) + "\n")
+        self._file.write(_encode(json_value(row)) + "\n")
         self._file.flush()
 
     def close(self) -> None:

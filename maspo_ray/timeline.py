@@ -6,8 +6,10 @@ comes after so many events that a viewer would choke, is counted and not drawn.
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from heapq import heappop, heappush
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -17,6 +19,27 @@ MAX_EVENTS = 200_000
 _OWN_LANE = 10_000
 """Below the lanes of what an actor is asked for."""
 Event = dict[str, Any]
+
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+
+
+class _Lanes:
+    """The lanes of one actor; the lowest that is free is taken first."""
+
+    __slots__ = ("_num_lanes", "_free")
+
+    def __init__(self) -> None:
+        self._num_lanes = 0
+        self._free: list[int] = []
+
+    def take(self) -> int:
+        if self._free:
+            return heappop(self._free)
+        self._num_lanes += 1
+        return self._num_lanes - 1
+
+    def give_back(self, lane: int) -> None:
+        heappush(self._free, lane)
 
 
 class Timeline:
@@ -32,7 +55,7 @@ class Timeline:
         self._clock = clock
         self._started = clock()
         self._actors: dict[str, int] = {}
-        self._busy_lanes: dict[str, set[int]] = {}
+        self._lanes: defaultdict[str, _Lanes] = defaultdict(_Lanes)
         self._totals: dict[str, dict[str, float]] = {}
         self._num_events = 0
 
@@ -44,14 +67,13 @@ class Timeline:
             actor: such as `rollout/0`; what stands before the slash is its role.
             details: shown by the viewer.
         """
-        lanes = self._busy_lanes.setdefault(actor, set())
-        lane = next(lane for lane in range(len(lanes) + 1) if lane not in lanes)
-        lanes.add(lane)
+        lanes = self._lanes[actor]
+        lane = lanes.take()
         started = self._clock()
         try:
             yield
         finally:
-            lanes.remove(lane)
+            lanes.give_back(lane)
             self._end(actor, name, lane, started, self._clock(), details)
 
     def add(self, actor: str, name: str, started: float, ended: float) -> None:
@@ -90,7 +112,7 @@ class TraceWriter:
         self._separator = "[\n"
 
     def write(self, event: Event) -> None:
-        self._file.write(self._separator + json.dumps(event, separators=(",", ":")))
+        self._file.write(self._separator + _encode(event))
         self._separator = ",\n"
 
     def close(self) -> None:
