@@ -1,7 +1,8 @@
 """Every group's life, exactly once.
 
 Promise: a group that was submitted ends once, as trained, filtered, stale or failed, with one row for it; at the end of a run
-the counts add up or `check_balanced` says which groups do not. Owns no file: rows go to a sink.
+the counts add up or `check_balanced` says which groups do not. Ids are given one after the other, so that only the open groups
+need be kept: any other id below the next is that of a group that has ended. Owns no file: rows go to a sink.
 """
 
 from collections.abc import Callable
@@ -28,14 +29,13 @@ class GroupLedger:
     def __init__(self, sink: Callable[[dict[str, object]], None]) -> None:
         self._sink = sink
         self._open: dict[int, tuple[str, int]] = {}
-        self._ended: set[int] = set()
+        self._ids = range(0)
         self._ends = dict.fromkeys(GroupOutcome, 0)
-        self._submitted = 0
 
     @property
     def counts(self) -> dict[str, int]:
         """Groups submitted, and by outcome."""
-        return {"submitted": self._submitted, **{outcome.value: count for outcome, count in self._ends.items()}}
+        return {"submitted": len(self._ids), **{outcome.value: count for outcome, count in self._ends.items()}}
 
     @property
     def open_ids(self) -> list[int]:
@@ -43,10 +43,18 @@ class GroupLedger:
         return list(self._open)
 
     def submit(self, group_id: int, prompt_id: str, version: int) -> None:
-        """Opens a group's life at the version of its admission."""
-        assert group_id not in self._open and group_id not in self._ended, f"group {group_id} was submitted twice."
+        """Opens a group's life at the version of its admission.
+
+        Args:
+            group_id: any for the first group; for the others, one more than that of the group before.
+        """
+        assert group_id not in self._ids, f"group {group_id} was submitted twice."
+        start = self._ids.start if self._ids else group_id
+        assert group_id == start + len(self._ids), (
+            f"group {group_id} was submitted after {self._ids[-1]}; ids are given one after the other."
+        )
+        self._ids = range(start, group_id + 1)
         self._open[group_id] = (prompt_id, version)
-        self._submitted += 1
 
     def end(
         self,
@@ -66,8 +74,8 @@ class GroupLedger:
             step: the update that trained it; None exactly where it was not trained.
             cause: why it was filtered or failed.
         """
-        assert group_id not in self._ended, f"group {group_id} ended twice."
-        assert group_id in self._open, f"group {group_id} ended; it was never submitted."
+        assert group_id in self._ids, f"group {group_id} ended; it was never submitted."
+        assert group_id in self._open, f"group {group_id} ended twice."
         assert (step is not None) == (outcome is GroupOutcome.TRAINED), (
             f"group {group_id} ended {outcome} with step {step}; a trained group has a step, no other has."
         )
@@ -85,11 +93,10 @@ class GroupLedger:
             row["cause"] = cause
         self._sink(row)
         del self._open[group_id]
-        self._ended.add(group_id)
         self._ends[outcome] += 1
 
     def check_balanced(self) -> None:
         """Asserts that every submitted group has ended, once."""
         assert not self._open, f"groups {self.open_ids} were submitted and never ended."
         ended = sum(self._ends.values())
-        assert self._submitted == ended, f"{self._submitted} groups were submitted and {ended} ended."
+        assert len(self._ids) == ended, f"{len(self._ids)} groups were submitted and {ended} ended."

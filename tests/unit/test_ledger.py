@@ -1,6 +1,10 @@
 """Every group ends exactly once, with its row, and the counts add up."""
 
+from contextlib import nullcontext
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from maspo_ray.ledger import GroupLedger, GroupOutcome
 
@@ -86,6 +90,37 @@ def test_ledger_second_submission_is_refused_while_open_and_after(ledger: GroupL
     ledger.end(5, GroupOutcome.STALE)
     with pytest.raises(AssertionError, match="submitted twice"):
         ledger.submit(5, "p", version=0)
+
+
+@pytest.mark.parametrize("group_id", [4, 7])
+def test_ledger_id_that_does_not_follow_the_last_is_refused(ledger: GroupLedger, group_id: int) -> None:
+    ledger.submit(5, "p", version=0)
+    with pytest.raises(AssertionError, match=f"group {group_id} was submitted after 5"):
+        ledger.submit(group_id, "p", version=0)
+    assert (ledger.open_ids, ledger.counts["submitted"]) == ([5], 1)
+
+
+@given(st.integers(0, 3), st.lists(st.tuples(st.booleans(), st.integers(0, 8)), max_size=30))
+def test_ledger_takes_exactly_what_a_set_of_all_its_ids_would(first: int, calls: list[tuple[bool, int]]) -> None:
+    ledger = GroupLedger(lambda row: None)
+    submitted, ended = [], set[int]()
+    for submits, group_id in calls:
+        allowed = (
+            group_id == (submitted[-1] + 1 if submitted else first)
+            if submits
+            else group_id in submitted and group_id not in ended
+        )
+        if submits and not submitted and not allowed:
+            continue  # Any id may be the first; this run begins at `first`.
+        with nullcontext() if allowed else pytest.raises(AssertionError):
+            if submits:
+                ledger.submit(group_id, "p", version=0)
+            else:
+                ledger.end(group_id, GroupOutcome.STALE)
+        if allowed:
+            (submitted.append if submits else ended.add)(group_id)
+    assert ledger.open_ids == [group_id for group_id in submitted if group_id not in ended]
+    assert (ledger.counts["submitted"], ledger.counts["stale"]) == (len(submitted), len(ended))
 
 
 @pytest.mark.parametrize(("outcome", "step"), [(GroupOutcome.TRAINED, None), (GroupOutcome.STALE, 3)])
