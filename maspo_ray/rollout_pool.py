@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from time import monotonic
 from typing import Any
 
+import numpy as np
+
 from maspo_ray.errors import RunError
 from maspo_ray.experience import CompletionFacts, Outcome, Rollout, Verdict
 from maspo_ray.fleet import named
@@ -30,12 +32,16 @@ class ErrorWatch:
     def __init__(self, max_error_rate: float) -> None:
         self._max_error_rate = max_error_rate
         self._recent: deque[bool] = deque(maxlen=_WINDOW)
+        self._recent_errors = 0
         self._first_cause: str | None = None
         self.errors = 0
 
     def add(self, verdict: Verdict) -> None:
         failed = verdict.outcome is not Outcome.SCORED
+        if len(self._recent) == _WINDOW:
+            self._recent_errors -= self._recent[0]
         self._recent.append(failed)
+        self._recent_errors += failed
         if not failed:
             return
         self.errors += 1
@@ -43,10 +49,10 @@ class ErrorWatch:
             # At the first, second, fourth, eighth …: a cause that repeats must not drown the rest.
             _log.warning("completions that could not be scored: %d; the latest: %s", self.errors, verdict.cause)
         self._first_cause = self._first_cause or verdict.cause
-        share = sum(self._recent) / len(self._recent)
+        share = self._recent_errors / len(self._recent)
         if len(self._recent) >= _FEWEST_TO_JUDGE and share > self._max_error_rate:
             raise RunError(
-                f"{sum(self._recent)} of the last {len(self._recent)} completions could not be scored, more than "
+                f"{self._recent_errors} of the last {len(self._recent)} completions could not be scored, more than "
                 f"reward.max_error_rate ({self._max_error_rate:g}) allows; the first cause was: {self._first_cause}. "
                 "Mend the reward, or raise reward.max_error_rate."
             )
@@ -60,7 +66,7 @@ class RolloutPool:
         self._reward = itertools.cycle(enumerate(reward))
         self._timeline = timeline
         self._errors = errors
-        self._outstanding_tokens = [0] * len(self._rollout)
+        self._outstanding_tokens = np.zeros(len(self._rollout), np.int64)
         self.idle = IdleMeter(len(self._rollout), monotonic())
         self.tokens_generated = 0
 
@@ -73,7 +79,7 @@ class RolloutPool:
             prompt: refers to the `Prompt`.
             seeds: of the sampling; None leaves it to the engine.
         """
-        engine = min(range(len(self._rollout)), key=self._outstanding_tokens.__getitem__)
+        engine = int(self._outstanding_tokens.argmin())
         cost = prompt_tokens + max_new_tokens
         outstanding = cost * len(seeds)
         self._outstanding_tokens[engine] += outstanding
@@ -89,7 +95,7 @@ class RolloutPool:
                 scored: list[asyncio.Task[list[Rollout]]] = []
                 with self._timeline.span(f"rollout/{engine}", "generate", samples=len(seeds)):
                     async for payload in stream:
-                        facts = await self._facts(failure, payload, await named(failure, anext(stream, None)))
+                        facts = await named(failure, self._facts(payload, stream))
                         if not facts:
                             for task in scored:
                                 task.cancel()
@@ -114,15 +120,16 @@ class RolloutPool:
         await asyncio.gather(*(named(f"rollout/{i} failed to expire", call) for i, call in enumerate(calls)))
 
     @staticmethod
-    async def _facts(failure: str, payload: Any, following: Any) -> list[CompletionFacts]:
+    async def _facts(payload: Any, stream: Any) -> list[CompletionFacts]:
         """Returns what is known of a payload's completions, which the stream's next object says.
 
         Where there is none, the payload is the engine's error. It was also seen once, with Ray 2.60, that a stream ended without
         its last object though its task had succeeded; then the completions themselves say it.
         """
+        following = await anext(stream, None)
         if following is None:
-            return [CompletionFacts.of(completion) for completion in await named(failure, payload)]
-        facts: list[CompletionFacts] = await named(failure, following)
+            return [CompletionFacts.of(completion) for completion in await payload]
+        facts: list[CompletionFacts] = await following
         return facts
 
     async def _score(self, prompt: Any, payload: Any, facts: Sequence[CompletionFacts]) -> list[Rollout]:

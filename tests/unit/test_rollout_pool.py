@@ -1,14 +1,19 @@
-"""The watch over completions that could not be scored: counts all, says why, stops the run when they are too many."""
+"""The watch over completions that could not be scored, and which engine a group goes to."""
 
+import asyncio
 import logging
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from maspo_ray.errors import RunError
-from maspo_ray.experience import Outcome, Verdict
-from maspo_ray.rollout_pool import ErrorWatch
+from maspo_ray.experience import CompletionFacts, Outcome, Verdict
+from maspo_ray.rollout_pool import ErrorWatch, RolloutPool
+from maspo_ray.timeline import Timeline
 
 GOOD = Verdict(1.0, True)
 
@@ -92,3 +97,64 @@ def test_watch_logs_causes_ever_more_rarely(caplog: pytest.LogCaptureFixture) ->
     assert [record.getMessage() for record in caplog.records] == [
         f"completions that could not be scored: {i}; the latest: cause {i}" for i in (1, 2, 4, 8)
     ]
+
+
+class _Engines:
+    """Rollout handles whose completions end when the test says so; knows which engine each group went to."""
+
+    def __init__(self, count: int) -> None:
+        self.groups: list[tuple[int, asyncio.Queue[int]]] = []
+        self.handles = [SimpleNamespace(generate=SimpleNamespace(options=self._remote(i))) for i in range(count)]
+
+    def _remote(self, engine: int) -> Any:
+        return lambda **_: SimpleNamespace(remote=lambda *_, seeds, **__: self._start(engine, len(seeds)))
+
+    def _start(self, engine: int, samples: int) -> AsyncIterator[Any]:
+        ended: asyncio.Queue[int] = asyncio.Queue()
+        self.groups.append((engine, ended))
+        return self._stream(ended, samples)
+
+    async def _stream(self, ended: asyncio.Queue[int], samples: int) -> AsyncIterator[Any]:
+        for sample in range(samples):
+            await ended.get()
+            yield object()
+            yield asyncio.sleep(0, [CompletionFacts(1, 0, 0, "stop", sample)])
+
+
+# How many tokens the prompt of a group that starts has, or which of the groups is to end a completion.
+ACTIONS = st.lists(
+    st.one_of(st.tuples(st.just("start"), st.integers(1, 9)), st.tuples(st.just("end"), st.integers(0, 20)))
+)
+
+
+@given(num_engines=st.integers(1, 5), actions=ACTIONS)
+def test_sample_goes_to_the_first_engine_with_the_fewest_outstanding_tokens(
+    num_engines: int, actions: list[tuple[str, int]]
+) -> None:
+    samples, new_tokens = 2, 3
+    engines, reward = _Engines(num_engines), SimpleNamespace(remote=lambda *_: asyncio.sleep(0, [GOOD]))
+    expected: list[int] = []
+
+    async def run() -> None:
+        pool = RolloutPool(engines.handles, [SimpleNamespace(score=reward)], ErrorWatch(1.0), Timeline(lambda _: None))
+        outstanding = [0] * num_engines
+        running: dict[int, list[int]] = {}
+        async with asyncio.TaskGroup() as tasks:
+            for what, number in [
+                *actions,
+                *(("end", i) for i in range(len(actions)) for _ in range(samples)),
+            ]:
+                if what == "start":
+                    expected.append(outstanding.index(min(outstanding)))
+                    running[len(expected) - 1] = [number + new_tokens] * samples
+                    outstanding[expected[-1]] += samples * (number + new_tokens)
+                    sample = pool.sample(None, number, temperature=1.0, max_new_tokens=new_tokens, seeds=[1] * samples)
+                    tasks.create_task(sample)
+                elif running.get(number):
+                    outstanding[expected[number]] -= running[number].pop()
+                    engines.groups[number][1].put_nowait(0)
+                for _ in range(8):
+                    await asyncio.sleep(0)
+
+    asyncio.run(run())
+    assert [engine for engine, _ in engines.groups] == expected
