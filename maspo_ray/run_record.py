@@ -1,14 +1,27 @@
 """What a run remembers of its steps for the summary at its end.
 
-Promise: a summary can be made at any moment, also of a run that was interrupted; what was never measured is NaN or None.
+Promise: a summary can be made at any moment, also of a run that was interrupted; what was never measured is NaN or None. Keeps
+eight numbers of a step, however many it has.
 """
 
 import math
-from collections.abc import Mapping
+from array import array
+from collections.abc import Mapping, Sequence
 from time import monotonic
 
 from maspo_ray.config import RunConfig
 from maspo_ray.summary import RunSummary
+
+_COLUMNS = (
+    "reward/mean",
+    "staleness/mean",
+    "staleness/max",
+    "time/step_s",
+    "time/learner_wait_share",
+    "time/rollout_idle_share",
+    "tokens/generated",
+    "tokens/trained",
+)
 
 
 class RunRecord:
@@ -17,12 +30,13 @@ class RunRecord:
     def __init__(self, config: RunConfig) -> None:
         self._config = config
         self._started = monotonic()
-        self._rows: list[Mapping[str, float]] = []
+        self._columns = {name: array("d") for name in _COLUMNS}
         self._accuracies: list[float] = []
         self._parity_max = math.nan
 
     def step(self, row: Mapping[str, float]) -> None:
-        self._rows.append(row)
+        for name, column in self._columns.items():
+            column.append(row.get(name, math.nan))
 
     def accuracy(self, accuracy: float) -> None:
         self._accuracies.append(accuracy)
@@ -40,25 +54,26 @@ class RunRecord:
         saved: tuple[str, ...],
     ) -> RunSummary:
         """Returns what the run has come to so far."""
-        rows = self._rows
-        tenth = max(1, len(rows) // 10)
+        columns = self._columns
+        rewards, step_s = columns["reward/mean"], columns["time/step_s"]
+        tenth = max(1, len(rewards) // 10)
         return RunSummary(
             run_dir=str(self._config.run_dir),
-            steps=len(rows),
+            steps=len(rewards),
             accuracy_before=self._accuracies[0] if self._accuracies else None,
             accuracy_after=self._accuracies[-1] if len(self._accuracies) > 1 else None,
             eval_set=self._config.eval.name,
-            reward_first=_mean(rows[:tenth], "reward/mean"),
-            reward_last=_mean(rows[-tenth:], "reward/mean"),
-            staleness_mean=_mean(rows, "staleness/mean"),
-            staleness_max=max((row["staleness/max"] for row in rows), default=math.nan),
+            reward_first=_mean(rewards[:tenth]),
+            reward_last=_mean(rewards[-tenth:]),
+            staleness_mean=_mean(columns["staleness/mean"]),
+            staleness_max=max(columns["staleness/max"], default=math.nan),
             max_staleness=self._config.pipeline.max_staleness,
-            learner_wait_share=_mean(rows, "time/learner_wait_share", weight="time/step_s"),
-            rollout_idle_share=_mean(rows, "time/rollout_idle_share", weight="time/step_s"),
+            learner_wait_share=_mean(columns["time/learner_wait_share"], step_s),
+            rollout_idle_share=_mean(columns["time/rollout_idle_share"], step_s),
             groups=groups,
             seconds=seconds,
-            tokens_generated=int(sum(row["tokens/generated"] for row in rows)),
-            tokens_trained=int(sum(row["tokens/trained"] for row in rows)),
+            tokens_generated=int(sum(columns["tokens/generated"])),
+            tokens_trained=int(sum(columns["tokens/trained"])),
             parity_max=self._parity_max,
             wall_s=monotonic() - self._started,
             errors=errors,
@@ -67,7 +82,8 @@ class RunRecord:
         )
 
 
-def _mean(rows: list[Mapping[str, float]], name: str, weight: str | None = None) -> float:
-    known = [(row[name], row[weight] if weight else 1.0) for row in rows if not math.isnan(row.get(name, math.nan))]
+def _mean(values: Sequence[float], weights: Sequence[float] | None = None) -> float:
+    pairs = zip(values, weights or [1.0] * len(values), strict=True)
+    known = [(value, weight) for value, weight in pairs if not math.isnan(value)]
     total = sum(weight for _, weight in known)
     return sum(value * weight for value, weight in known) / total if total else math.nan
