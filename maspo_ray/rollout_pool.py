@@ -99,6 +99,7 @@ class RolloutPool:
                         if not facts:
                             for task in scored:
                                 task.cancel()
+                            self.idle.finished(engine, monotonic())
                             return None
                         self._outstanding_tokens[engine] -= cost * len(facts)
                         outstanding -= cost * len(facts)
