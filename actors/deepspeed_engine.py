@@ -8,6 +8,7 @@ import math
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -21,6 +22,7 @@ from transformers import get_scheduler
 from actors.lora import Weight, adapters_of, weights_of
 from actors.token_model import TokenModel
 from maspo_ray.config import LearnerConfig, ModelConfig
+from maspo_ray.errors import RunError
 
 
 def zero_stage_of(learner: LearnerConfig, model: ModelConfig, world_size: int) -> int:
@@ -131,6 +133,20 @@ def apply_update(engine: Any, max_grad_norm: float) -> float:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
     engine.step()
     return norm.item()
+
+
+def save_engine(engine: Any, folder: Path) -> None:
+    """Writes the weights that are trained, the optimizer's and the schedule's state, each rank its own part. A collective."""
+    # Frozen weights are those of the model's folder.
+    engine.save_checkpoint(str(folder.parent), folder.name, save_latest=False, exclude_frozen_parameters=True)
+
+
+def load_engine(engine: Any, folder: Path) -> None:
+    """Reads what `save_engine` wrote from as many ranks. A collective."""
+    strict = all(p.requires_grad for p in engine.module.parameters())
+    path, _ = engine.load_checkpoint(str(folder.parent), folder.name, load_module_strict=strict)
+    if path is None:
+        raise RunError(f"the learner's state in {folder} cannot be read. See the learner's log.")
 
 
 class UpdateSize:

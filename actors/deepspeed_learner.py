@@ -253,6 +253,16 @@ class DeepSpeedLearner:
 
             save_adapter(model, adapters, Path(folder) / "adapter")
 
+    def save_state(self, folder: str) -> None:
+        from actors.deepspeed_engine import save_engine
+
+        save_engine(self._engine, Path(folder))
+
+    def load_state(self, folder: str) -> None:
+        from actors.deepspeed_engine import load_engine
+
+        load_engine(self._engine, Path(folder))
+
     def shutdown(self) -> None:
         if self._publisher is not None:
             self._publisher.shutdown()

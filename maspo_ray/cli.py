@@ -1,4 +1,4 @@
-"""`maspo train | check`.
+"""`maspo train | check | replay`.
 
 Promise: bad input is one line on standard error and exit code 2, before an actor is started; a run that fails says why and exits
 with 1, one that was interrupted with 130.
@@ -7,6 +7,7 @@ with 1, one that was interrupted with 130.
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import yaml
 
@@ -30,10 +31,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("config", help="YAML file")
         if name == "train":
             command.add_argument("--resume", action="store_true", help="go on with the run in run_dir")
+    text = (
+        "make a step of a run again and compare what comes of it; keys of its config can follow as --section.key value"
+    )
+    command = commands.add_parser("replay", help=text, description=text)
+    command.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="folder of the run")
+    command.add_argument(
+        "--step", type=int, required=True, help="the step to replay; the run must have saved a model after it"
+    )
+    command.add_argument(
+        "--start", type=int, help="begin after this step, 0 being the start; by default the last that can be"
+    )
     options, overrides = parser.parse_known_args(arguments)
     try:
         if options.command == "check":
             return _check(options.config, overrides)
+        if options.command == "replay":
+            return _replay(options.run_dir, options.step, options.start, overrides)
         return _train(options.config, overrides, options.resume)
     except ConfigError as error:
         for line in str(error).splitlines():
@@ -44,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(line, file=sys.stderr)
         return _EXIT_FAILED
     except KeyboardInterrupt:
-        print("interrupted before training began; nothing was saved", file=sys.stderr)
+        print("interrupted before anything was saved", file=sys.stderr)
         return _EXIT_INTERRUPTED
 
 
@@ -71,3 +85,23 @@ def _train(path: str, overrides: Sequence[str], resume: bool) -> int:
     summary = train(config, resume)
     print(summary_text(summary))
     return _EXIT_INTERRUPTED if summary.interrupted else 0
+
+
+def _replay(run_dir: Path, step: int, start: int | None, overrides: Sequence[str]) -> int:
+    from maspo_ray.replay_plan import plan_replay
+
+    plan = plan_replay(run_dir, step, start, overrides)
+    # As for training: what is not there is answered without Ray.
+    from maspo_ray.replay import replay
+
+    print(f"replaying steps {plan.start + 1} to {step} from {plan.state or plan.config.model.path}", flush=True)
+    difference = replay(plan, lambda line: print(line, flush=True))
+    where = f" ({difference.tensor})" if difference.tensor else ""
+    print(f"compared {difference.num_parameters:,} parameters with {plan.saved}")
+    print(f"max |Δ parameter|: {difference.largest:.9g}{where}")
+    if difference.tensor is None or not plan.is_exact:
+        return 0
+    raise RunError(
+        f"step {step} came out otherwise than in the run, which in float32 on a CPU it must not. Its libraries, its CPU or what is "
+        "in its folder may be others now."
+    )

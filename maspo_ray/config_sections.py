@@ -300,7 +300,8 @@ class EvalConfig(Section):
 
 class CheckpointConfig(Section):
     every: int = Field(0, ge=0)
-    """Steps between Hugging Face models saved under RUN_DIR/checkpoints; 0 saves the final model only."""
+    """Steps between Hugging Face models saved under RUN_DIR/checkpoints, each with the learner's state, from which `maspo replay` goes
+    on: weights and two moments of each in float32, three to four times a float32 model beside the model. 0 saves the final model only."""
     save_final: bool = True
 
 
@@ -311,3 +312,5 @@ class LoggingConfig(Section):
     curves: bool = True
     timeline: bool = True
     """Write RUN_DIR/timeline.json, which chrome://tracing and ui.perfetto.dev show."""
+    steps: bool = True
+    """Write RUN_DIR/steps, what each step consumed, for `maspo replay`; 5 to 9 bytes a trained token."""

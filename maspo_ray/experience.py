@@ -144,6 +144,7 @@ class Group:
         prompt_tokens: length of the prompt.
         submitted_version: the learner's version when the group was admitted.
         rollouts: in the order of their samples, whichever ended first.
+        seeds: of the rollouts' sampling, in the same order; none where they are not known.
     """
 
     group_id: int
@@ -152,6 +153,7 @@ class Group:
     prompt_tokens: int
     submitted_version: int
     rollouts: tuple[Rollout, ...]
+    seeds: tuple[int, ...] = ()
 
     @property
     def min_version(self) -> int:

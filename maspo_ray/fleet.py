@@ -1,6 +1,6 @@
 """Specs → actor handles, started together, ended together.
 
-Promise: every actor of a run is created here, wrapped with `ray.remote` in one place, in the slot that the plan gave it; an actor that
+Promise: every actor of a run is created here, wrapped with `ray.remote` in one place, in the slot that the plan gave its role; an actor that
 fails to set up is named with its cause; `shutdown` leaves none behind.
 """
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from maspo_ray.config import RunConfig
 from maspo_ray.errors import RunError
@@ -55,6 +56,16 @@ class Fleet:
     def put(value: Any) -> Any:
         """Returns a reference to a value in the object store, which keeps it as long as the reference is held."""
         return ray.put(value)
+
+    def create_here(self, actor_class: type) -> Any:
+        """Returns an actor of the framework's own on this process's node, which sees the run's folder; it takes none of the CPUs."""
+        node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        environment = {"env_vars": {"PYTHONPATH": import_path()}}
+        handle: Any = (
+            ray.remote(actor_class).options(num_cpus=0, scheduling_strategy=node, runtime_env=environment).remote()
+        )
+        self._actors.setdefault("own", []).append(handle)
+        return handle
 
     def _create(self, slot: Slot, reservation: Reservation) -> Any:
         actor_class, arguments, is_async = self._blueprint(slot)
@@ -111,7 +122,7 @@ class Fleet:
         return getattr(self._config, slot.role).threads or max(1, int(slot.cpus))
 
     async def setup(self, note: Callable[[str], None]) -> None:
-        """Sets up all actors at once and opens the weight-transfer group."""
+        """Sets up all actors at once and opens the weight-transfer group, if there is anyone to transfer to."""
 
         async def one(role: str, replica: int, *arguments: Any) -> None:
             await named(f"{role}/{replica} failed to set up", self.of_role(role)[replica].setup.remote(*arguments))
@@ -130,6 +141,11 @@ class Fleet:
                     "learner.share_prompts is on; the attention of this model and model.attn_implementation cannot share, so that each "
                     "completion has a prompt of its own"
                 )
+        if self.of_role("rollout"):
+            await self._connect()
+
+    async def _connect(self) -> None:
+        """Opens the weight-transfer group."""
         rollout = self._config.rollout
         await self.learners(
             "connect",
@@ -220,12 +236,16 @@ async def named(what: str, call: Awaitable[Any]) -> Any:
         raise RunError(f"{what}: the actor died: {' '.join(str(error).split())}") from None
 
 
+def import_path() -> str:
+    """Returns the PYTHONPATH of what this process starts: where it finds the user's modules they must find them too."""
+    return os.pathsep.join(dict.fromkeys([os.getcwd(), *filter(None, sys.path)]))
+
+
 def actor_environment(slot: Slot, threads: int) -> dict[str, str]:
     """Returns the environment that an actor's process starts with; what must be set before an engine is imported."""
     environment = {
         "OMP_NUM_THREADS": str(threads),
-        # Where the driver finds the user's modules the actor must find them too.
-        "PYTHONPATH": os.pathsep.join(dict.fromkeys([os.getcwd(), *filter(None, sys.path)])),
+        "PYTHONPATH": import_path(),
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
     }
     if slot.gpus == 0:

@@ -7,6 +7,7 @@ coroutine ends the run with its cause. Decisions are the intake's; the coroutine
 import asyncio
 from time import monotonic
 
+from maspo_ray.checkpoint import STATE, begin_checkpoint, end_checkpoint
 from maspo_ray.checks import Evaluator, Parity, ParityCheck
 from maspo_ray.config import RunConfig
 from maspo_ray.experience import Experience, PublishReport, UpdateReport
@@ -21,6 +22,7 @@ from maspo_ray.protocols import DoorPolicy
 from maspo_ray.rollout_pool import RolloutPool
 from maspo_ray.run_folder import RunFolder
 from maspo_ray.run_record import RunRecord
+from maspo_ray.step_recorder import StepRecorder
 from maspo_ray.timeline import Timeline
 from maspo_ray.update_watch import UpdateWatch
 
@@ -57,6 +59,7 @@ class Pipeline:
         )
         self._producer = Producer(config, fleet, pool, prompts, self._intake, timeline)
         self._updates = UpdateWatch(config.learner.max_skipped_updates)
+        self._recorder = StepRecorder(fleet, folder, pipeline.step_timeout_s) if config.logging.steps else None
 
     @property
     def group_counts(self) -> dict[str, int]:
@@ -72,6 +75,8 @@ class Pipeline:
                 producer = tasks.create_task(self._producer.run(tasks))
                 await self._train(tasks)
                 producer.cancel()
+                if self._recorder is not None:
+                    await self._recorder.finish()
         finally:
             self._intake.close()
 
@@ -128,6 +133,8 @@ class Pipeline:
         ranks = len(self._fleet.of_role("learner"))
         updates = learner.updates_per_batch
         plans = pack(batch, ranks, learner.max_tokens_per_micro_batch, self._fleet.shares_prompts, updates)
+        if self._recorder is not None:
+            await self._recorder.submit(step, step - 1, batch, plans)
         with self._timeline.span("learner", "train", step=step):
             reports: list[UpdateReport] = await self._fleet.learners_each(
                 "train_step", [(step - 1, own, *payloads) for own, payloads in plans]
@@ -184,4 +191,7 @@ class Pipeline:
         every = self._config.checkpoint.every
         if every and step % every == 0:
             with self._timeline.span("learner", "save", step=step):
-                await self._fleet.learners("save", str(self._folder.checkpoint(step).resolve()))
+                partial = begin_checkpoint(self._folder.checkpoint(step))
+                await self._fleet.learners("save", str(partial))
+                await self._fleet.learners("save_state", str(partial / STATE))
+                end_checkpoint(partial, self._folder.checkpoint(step))

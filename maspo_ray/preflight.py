@@ -209,7 +209,7 @@ def _newest_model(run_dir: Path) -> Path | None:
     """Returns the folder of the model that a run saved last, None if it saved none."""
     if (run_dir / "final" / "config.json").is_file():
         return run_dir / "final"
-    saved = [folder.parent for folder in run_dir.glob("checkpoints/*/config.json")]
+    saved = [folder.parent for folder in run_dir.glob("checkpoints/step_*/config.json")]
     return max(saved, key=_step_of, default=None)
 
 

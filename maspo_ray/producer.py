@@ -71,19 +71,20 @@ class Producer:
     async def _run_group(self, group_id: int, draw: Draw, version: int) -> None:
         rollout, prompt = self._config.rollout, draw.prompt
         reference = self._fleet.put(prompt)
+        seeds = sampling_seeds(self._config.seed, prompt.prompt_id, draw.times_drawn, rollout.group_size)
         rollouts = await self._pool.sample(
             reference,
             len(prompt.token_ids),
             temperature=rollout.temperature,
             max_new_tokens=rollout.max_new_tokens,
-            seeds=sampling_seeds(self._config.seed, prompt.prompt_id, draw.times_drawn, rollout.group_size),
+            seeds=seeds,
         )
         if rollouts is None:
             self._metrics.add("groups/cancelled", 1, reduction="sum")
             self._intake.expired(group_id)
             self.wake()
             return
-        group = Group(group_id, prompt.prompt_id, reference, len(prompt.token_ids), version, rollouts)
+        group = Group(group_id, prompt.prompt_id, reference, len(prompt.token_ids), version, rollouts, tuple(seeds))
         if group.pass_rate is not None:
             self._prompts.observe(draw.index, group.pass_rate)
         overlong, pipeline = self._config.reward.overlong, self._config.pipeline

@@ -1,42 +1,34 @@
-"""RUN_DIR: what a run writes down, one place for its names.
+"""RUN_DIR: what a run writes down.
 
 Promise: a line is on its way to the disk when it is written; the folder's columns are those of the design. Decides nothing.
 """
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 
 import yaml
 
 from maspo_ray.config import RunConfig
 from maspo_ray.metrics import JsonlSink, JsonlWriter, MetricSink, TensorBoardSink
+from maspo_ray.run_paths import RunPaths
 from maspo_ray.summary import RunSummary
 from maspo_ray.timeline import Event, TraceWriter
 
 
-class RunFolder:
+class RunFolder(RunPaths):
     """The open files of one run."""
 
     def __init__(self, config: RunConfig) -> None:
-        self.path = config.run_dir
+        super().__init__(config.run_dir)
         self.path.mkdir(parents=True, exist_ok=True)
         resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-        (self.path / "config.yaml").write_text(resolved)
-        self._metrics: list[MetricSink] = [JsonlSink(self.path / "metrics.jsonl")]
+        self.config.write_text(resolved)
+        self._metrics: list[MetricSink] = [JsonlSink(self.metrics)]
         if config.logging.tensorboard:
             self._metrics.append(TensorBoardSink(self.path / "tensorboard"))
         self._trace = TraceWriter(self.path / "timeline.json") if config.logging.timeline else None
         self._ledger = JsonlWriter(self.path / "ledger.jsonl")
         self._eval = JsonlWriter(self.path / "eval.jsonl")
-
-    def checkpoint(self, step: int) -> Path:
-        """Returns the folder of the model that is saved after a step."""
-        return self.path / "checkpoints" / f"step_{step:06d}"
-
-    @property
-    def final(self) -> Path:
-        return self.path / "final"
 
     def write_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         for sink in self._metrics:

@@ -13,6 +13,8 @@ import psutil
 import pytest
 import yaml
 
+from maspo_ray.step_record import read_step
+
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.engine, pytest.mark.ray]
 
@@ -73,12 +75,12 @@ def _config(folder: Path, model: str, **sections: dict[str, object]) -> Path:
 
 
 class _Run:
-    """A `maspo train` in a process of its own, and every process that it was ever seen to start."""
+    """A `maspo train`, or another command, in a process of its own, and every process that it was ever seen to start."""
 
-    def __init__(self, config: Path) -> None:
+    def __init__(self, config: Path, *command: str) -> None:
         environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "maspo_ray", "train", str(config)],
+            [sys.executable, "-m", "maspo_ray", *(command or ("train", str(config)))],
             cwd=config.parent,
             env={**environment, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
@@ -117,11 +119,20 @@ def _rows(path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_train_runs_all_four_actors_and_leaves_a_whole_run_folder(tiny_model: str, tmp_path: Path) -> None:
-    run = _Run(_config(tmp_path, tiny_model))
+@pytest.fixture(scope="module")
+def trained(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The config of a run of four steps that has ended, with a checkpoint after every second, and what it said."""
+    config = _config(tmp_path_factory.mktemp("trained"), tiny_model, checkpoint={"every": 2})
+    run = _Run(config)
     code, out, err = run.finish(timeout_s=250)
     assert code == 0, err
-    folder = tmp_path / "run"
+    assert run.left() == []
+    return config, out
+
+
+def test_train_runs_all_four_actors_and_leaves_a_whole_run_folder(trained: tuple[Path, str]) -> None:
+    config, out = trained
+    folder = config.parent / "run"
     metrics, ledger, evals = (_rows(folder / f"{name}.jsonl") for name in ("metrics", "ledger", "eval"))
     assert [row["step"] for row in metrics] == [1, 2, 3, 4]
     for row in metrics:
@@ -149,7 +160,29 @@ def test_train_runs_all_four_actors_and_leaves_a_whole_run_folder(tiny_model: st
     assert all(event["tid"] == 0 for event in trace if event["ph"] == "X" and names[event["pid"]] == "learner")
     assert list((folder / "tensorboard").iterdir())
     assert "Run finished: 4 steps" in out
+
+
+@pytest.mark.parametrize(("step", "begins"), [(2, None), (4, "run/checkpoints/step_000002/state")])
+def test_replay_of_a_step_comes_to_the_same_model_bit_for_bit(
+    trained: tuple[Path, str], tiny_model: str, step: int, begins: str | None
+) -> None:
+    config, _ = trained
+    records = [read_step(path) for path in sorted((config.parent / "run" / "steps").iterdir())]
+    assert [record.step for record in records] == [1, 2, 3, 4]
+    # Tokens of two versions, and what the KL compares with: the replay has both to get right.
+    assert {c.spans[0].version for record in records for group in record.groups for c in group.completions} > {0, 1}
+    assert all(group.reference_logprobs is not None and -1 not in group.seeds for group in records[-1].groups)
+    run = _Run(config, "replay", "run", "--step", str(step))
+    code, out, err = run.finish(timeout_s=120)
+    assert code == 0, err
+    first, *steps, _, difference = out.splitlines()
+    assert first == f"replaying steps {step - 1} to {step} from {begins or tiny_model}"
+    assert len(steps) == 2 and difference == "max |Δ parameter|: 0"
+    for line, row in zip(steps, _rows(config.parent / "run" / "metrics.jsonl")[step - 2 : step], strict=True):
+        loss, norm = (f"{row[name]:.9g}" for name in ("loss", "learner/grad_norm"))
+        assert line == f"step {row['step']}: loss {loss} (in the run {loss}), gradient norm {norm} (in the run {norm})"
     assert run.left() == []
+    assert not list((config.parent / "run").glob(".replay-*"))
 
 
 def test_train_of_adapters_interrupted_stops_within_15_s_and_says_what_was_saved(

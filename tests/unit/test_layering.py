@@ -26,6 +26,7 @@ FLOORS = [
     "maspo_ray.weight_sync.gloo_engine",
     "maspo_ray.weight_sync.publisher",
     "maspo_ray.packing",
+    "maspo_ray.step_record",
     "maspo_ray.protocols",
     "maspo_ray.loading",
     "maspo_ray.tensor_ops",
@@ -37,6 +38,9 @@ FLOORS = [
     "maspo_ray.objectives.metrics",
     "maspo_ray.objectives.breakdown",
     "maspo_ray.objectives",
+    "maspo_ray.run_paths",
+    "maspo_ray.checkpoint",
+    "maspo_ray.model_difference",
     "maspo_ray.seeds",
     "maspo_ray.staleness",
     "maspo_ray.update_watch",
@@ -48,6 +52,7 @@ FLOORS = [
     "maspo_ray.data_sources",
     "maspo_ray.prompts",
     "maspo_ray.preflight",
+    "maspo_ray.replay_plan",
     "maspo_ray.metrics",
     "maspo_ray.idle",
     "maspo_ray.timeline",
@@ -61,9 +66,11 @@ FLOORS = [
     "maspo_ray.fleet",
     "maspo_ray.rollout_pool",
     "maspo_ray.run_folder",
+    "maspo_ray.step_recorder",
     "maspo_ray.run_record",
     "maspo_ray.checks",
     "maspo_ray.cluster",
+    "maspo_ray.replay",
     "maspo_ray.producer",
     "maspo_ray.pipeline",
     "maspo_ray.controller",
@@ -135,7 +142,10 @@ def _loaded_by(module: str, candidates: list[str]) -> list[str]:
     return done.stdout.split()
 
 
-@pytest.mark.parametrize("module", ["maspo_ray.config", "maspo_ray.cli", "maspo_ray.preflight", "maspo_ray.placement"])
+@pytest.mark.parametrize(
+    "module",
+    ["maspo_ray.config", "maspo_ray.cli", "maspo_ray.preflight", "maspo_ray.placement", "maspo_ray.replay_plan"],
+)
 def test_config_and_what_answers_bad_input_load_neither_engines_nor_ray(module: str) -> None:
     assert _loaded_by(module, [*ENGINES, "ray", "actors"]) == []
 

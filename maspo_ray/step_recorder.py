@@ -1,0 +1,68 @@
+"""Writes what each step consumes, beside the learner that consumes it.
+
+Promise: tokens go from the object store to the file without passing through the controller; one step's record is being written at a time,
+and one that cannot be written ends the run with its cause. What a record holds is `step_record`'s.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from maspo_ray.experience import Experience
+from maspo_ray.fleet import Fleet, named, within
+from maspo_ray.run_folder import RunPaths
+from maspo_ray.step_record import Share, payload_references, write_step
+
+
+class StepWriter:
+    """An actor and not a task: Ray 2.60 ends a worker that is idle for a second, and starting one anew costs a second of CPU a step."""
+
+    def write(
+        self,
+        path: Path,
+        step: int,
+        version: int,
+        batch: Sequence[Experience],
+        shares: Sequence[Share],
+        references: Sequence[Any],
+        *values: Any,
+    ) -> None:
+        """Ray replaces references among its arguments, `values`, by what they refer to, but not those within others."""
+        write_step(path, step, version, batch, shares, dict(zip(references, values, strict=True)))
+
+
+class StepRecorder:
+    """Has a step's record written while the learner makes the step.
+
+    Args:
+        timeout_s: how long the run waits for a record where it has nothing else to do.
+    """
+
+    def __init__(self, fleet: Fleet, folder: RunPaths, timeout_s: float) -> None:
+        self._folder = folder
+        self._timeout_s = timeout_s
+        self._writer = fleet.create_here(StepWriter)
+        self._writing: tuple[int, Any] | None = None
+
+    async def submit(self, step: int, version: int, batch: Sequence[Experience], shares: Sequence[Share]) -> None:
+        """Begins to write a step's record, once the record before is on disk.
+
+        Args:
+            shares: of each rank, as `pack` made them of the batch.
+        """
+        await self.finish()
+        path, references = self._folder.step_record(step).resolve(), payload_references(batch)
+        self._writing = step, self._writer.write.remote(path, step, version, batch, shares, references, *references)
+
+    async def finish(self) -> None:
+        """Waits until what was submitted is on disk.
+
+        Raises:
+            RunError: it could not be written.
+        """
+        if self._writing is None:
+            return
+        (step, written), self._writing = self._writing, None
+        what = f"the record of step {step}"
+        late = f"{what} was not written within pipeline.step_timeout_s"
+        await within(self._timeout_s, late, named(f"{what} could not be written", written))
