@@ -42,6 +42,16 @@ def connected(placement: PlacementConfig) -> Iterator[bool]:
         yield from _own(placement)
 
 
+def object_store_bytes() -> float:
+    """Returns the object stores' size, all nodes together."""
+    return float(ray.cluster_resources().get("object_store_memory", 0.0))
+
+
+def object_store_used_bytes() -> float:
+    """Returns how much of it is in use; what is small Ray keeps in the process that owns it, and does not count here."""
+    return object_store_bytes() - float(ray.available_resources().get("object_store_memory", 0.0))
+
+
 def _own(placement: PlacementConfig) -> Iterator[bool]:
     # Unix sockets have short paths, so the folder must lie near the root.
     folder = tempfile.mkdtemp(prefix="maspo-", dir="/tmp" if os.path.isdir("/tmp") else None)

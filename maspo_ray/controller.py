@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from maspo_ray.checks import Evaluator, ParityCheck
-from maspo_ray.cluster import connected
+from maspo_ray.cluster import connected, object_store_bytes
 from maspo_ray.config import RunConfig
 from maspo_ray.curves import draw_curves
 from maspo_ray.experience import Prompt
@@ -20,7 +20,7 @@ from maspo_ray.fleet import Fleet
 from maspo_ray.loading import Plugins, load_plugins
 from maspo_ray.pipeline import Pipeline
 from maspo_ray.placement import Plan, demands
-from maspo_ray.preflight import preflight
+from maspo_ray.preflight import check_object_store, preflight
 from maspo_ray.progress import Progress
 from maspo_ray.prompts import PromptStream, load_prompts
 from maspo_ray.reservation import Reservation, reserve, wait_for_cluster
@@ -42,6 +42,7 @@ def train(config: RunConfig, resume: bool = False) -> RunSummary:
     plugins = load_plugins(config)
     with connected(config.placement) as may_grow:
         plan = wait_for_cluster(demands(config), config.placement.wait_s if may_grow else 0.0)
+        check_object_store(config, object_store_bytes())
         config.check_batch_divides(len(plan.of_role("learner")))
         reservation = reserve(plan, config.placement.wait_s)
         try:

@@ -14,6 +14,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from maspo_ray.cluster import object_store_used_bytes
 from maspo_ray.config import RunConfig
 from maspo_ray.errors import RunError
 from maspo_ray.placement import Plan, Slot
@@ -56,6 +57,10 @@ class Fleet:
     def put(value: Any) -> Any:
         """Returns a reference to a value in the object store, which keeps it as long as the reference is held."""
         return ray.put(value)
+
+    @staticmethod
+    def object_store_used_bytes() -> float:
+        return object_store_used_bytes()
 
     def create_here(self, actor_class: type) -> Any:
         """Returns an actor of the framework's own on this process's node, which sees the run's folder; it takes none of the CPUs."""

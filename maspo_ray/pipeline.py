@@ -97,6 +97,9 @@ class Pipeline:
                 "time/step_s": step_s,
                 "time/learner_wait_share": waited_s / step_s,
                 "time/rollout_idle_share": self._pool.idle.take_idle_share(started + step_s),
+                "groups/running": float(self._intake.running),
+                "groups/ready": float(self._intake.ready),
+                "object_store/used_mib": self._fleet.object_store_used_bytes() / 2**20,
                 "tokens/generated": float(self._pool.tokens_generated - tokens_before),
             }
             self._record.step(row)

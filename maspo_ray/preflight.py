@@ -25,6 +25,9 @@ _log = logging.getLogger(__name__)
 
 CPU_INFO = Path("/proc/cpuinfo")
 
+_TOKEN_BYTES = 16
+"""Of a completion's token, at most about: id, log-prob, the reference's log-prob, text."""
+
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -40,6 +43,8 @@ def preflight(config: RunConfig, resume: bool) -> None:
         lambda: check_data(config.data),
         lambda: check_run_dir(config, resume),
     ]
+    if not (config.placement.address or os.environ.get("RAY_ADDRESS")):
+        checks.append(lambda: check_object_store(config, config.placement.object_store_gib * 2**30))
     faults = []
     for check in checks:
         try:
@@ -171,6 +176,23 @@ def check_data(data: DataConfig) -> None:
     for field, source in (("data.train", data.train), ("data.eval", data.eval)):
         if isinstance(source, JsonlSource):
             read_rows(source, field)
+
+
+def check_object_store(config: RunConfig, capacity_bytes: float) -> None:
+    """Checks that what may wait for the learner at once fits the object store, however long it is.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    pipeline, rollout = config.pipeline, config.rollout
+    groups = min(pipeline.max_staleness + 1, pipeline.steps) * pipeline.groups_per_step
+    group_bytes = rollout.group_size * rollout.max_new_tokens * _TOKEN_BYTES
+    if groups * group_bytes > capacity_bytes:
+        raise ConfigError(
+            f"pipeline.max_staleness is {pipeline.max_staleness}; so {groups:,} groups may be under way at once, up to "
+            f"{groups * group_bytes / 2**30:.3g} GiB of tokens and log-probs, more than the object store's "
+            f"{capacity_bytes / 2**30:.3g} GiB. Lower it, or raise placement.object_store_gib (of a cluster: what `ray start` gives it)."
+        )
 
 
 def check_run_dir(config: RunConfig, resume: bool) -> None:

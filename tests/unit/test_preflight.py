@@ -17,6 +17,7 @@ from maspo_ray.preflight import (
     check_data,
     check_lora,
     check_model,
+    check_object_store,
     check_run_dir,
     has_fast_bfloat16,
     is_hub_id,
@@ -360,3 +361,29 @@ def test_preflight_imports_no_heavy_library() -> None:
     code = f"import sys, maspo_ray.preflight; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# The object store.
+
+
+def test_object_store_that_what_is_under_way_cannot_fit_is_refused_by_the_staleness(tmp_path: Path) -> None:
+    tree = {"rollout": {"max_new_tokens": 4096, "group_size": 16}, "pipeline": {"groups_per_step": 64, "steps": 50}}
+    (tmp_path / "model").mkdir()
+    _model(tmp_path / "model", LLAMA)
+
+    def check(max_staleness: int, capacity_gib: float) -> None:
+        pipeline = tree["pipeline"] | {"max_staleness": max_staleness}
+        learner = {"max_tokens_per_micro_batch": 8192}
+        config = _config(tmp_path, **(tree | {"pipeline": pipeline, "learner": learner}))
+        check_object_store(config, capacity_gib * 2**30)
+
+    # A group is 16 · 4096 tokens of 16 bytes, 1 MiB; 64 of them and η = 1 are 128 MiB.
+    check(1, 0.125)
+    with pytest.raises(ConfigError) as caught:
+        check(2, 0.125)
+    assert str(caught.value) == (
+        "pipeline.max_staleness is 2; so 192 groups may be under way at once, up to 0.188 GiB of tokens and log-probs, more than the "
+        "object store's 0.125 GiB. Lower it, or raise placement.object_store_gib (of a cluster: what `ray start` gives it)."
+    )
+    # No more than the run's 50 steps are ever admitted: 3200 MiB.
+    check(10_000, 3.125)
