@@ -48,6 +48,11 @@ class StepMetrics:
             held.value = _fold(reduction, held.value, float(value), weight)
             held.weight += weight
 
+    def add_all(self, name: str, values: Sequence[float]) -> None:
+        """Adds each of the values to a mean; nothing where there are none."""
+        if values:
+            self.add(name, sum(values) / len(values), weight=len(values))
+
     def reduce(self) -> dict[str, float]:
         """Returns each metric's value, in the order of first addition; a mean over no weight is NaN."""
         return {

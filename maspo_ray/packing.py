@@ -10,6 +10,7 @@ completion to a bundle.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heapreplace
 from typing import Any
 
 from maspo_ray.experience import Experience
@@ -67,10 +68,7 @@ class _Cut:
 
     experience: Experience
     rollouts: tuple[int, ...]
-
-    @property
-    def lengths(self) -> list[int]:
-        return [self.experience.group.rollouts[i].facts.num_tokens for i in self.rollouts]
+    lengths: tuple[int, ...]
 
     @property
     def num_tokens(self) -> int:
@@ -108,11 +106,11 @@ def cut_by_budget(prompt_tokens: int, lengths: Sequence[int], max_tokens: int, s
 def deal(costs: Sequence[float], ranks: int) -> list[list[int]]:
     """Returns for each rank places in `costs`: the costliest first, each to the rank with the least so far."""
     shares: list[list[int]] = [[] for _ in range(ranks)]
-    loads = [0.0] * ranks
+    loads = [(0.0, rank) for rank in range(ranks)]
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        rank = min(range(ranks), key=lambda rank: (loads[rank], rank))
+        load, rank = loads[0]
         shares[rank].append(i)
-        loads[rank] += costs[i]
+        heapreplace(loads, (load + costs[i], rank))
     return shares
 
 
@@ -172,7 +170,10 @@ def _cuts(experience: Experience, max_tokens: int, share: bool) -> list[_Cut]:
     trained = list(experience.trained)
     lengths = [group.rollouts[i].facts.num_tokens for i in trained]
     cut = cut_by_budget(group.prompt_tokens, lengths, max_tokens, share)
-    return [_Cut(experience, tuple(trained[place] for place in places)) for places in cut]
+    return [
+        _Cut(experience, tuple(trained[place] for place in places), tuple(lengths[place] for place in places))
+        for places in cut
+    ]
 
 
 def _bundle(cut: _Cut, positions: dict[Any, int]) -> Bundle:
@@ -182,7 +183,8 @@ def _bundle(cut: _Cut, positions: dict[Any, int]) -> Bundle:
         return positions.setdefault(payload, len(positions))
 
     group, reference = cut.experience.group, cut.experience.reference_logprobs
-    prompt, places, advantages = position(group.prompt), group.places, cut.experience.trained
+    prompt, advantages = position(group.prompt), cut.experience.trained
+    places = [] if reference is None else group.places
     items = tuple(
         Item(
             completion=(position(group.rollouts[i].payload), group.rollouts[i].position),

@@ -128,12 +128,12 @@ class Producer:
         self.wake()
 
     def _measure(self, group: Group, penalties: list[float], trained: tuple[float | None, ...]) -> None:
-        for rollout, penalty, advantage in zip(group.rollouts, penalties, trained, strict=True):
-            if rollout.verdict.outcome is Outcome.SCORED:
-                self._metrics.add("reward/mean", rollout.verdict.reward)
-                self._metrics.add("reward/accuracy", float(rollout.verdict.correct))
-                if self._config.reward.overlong is not None:
-                    self._metrics.add("reward/overlong_penalty", penalty)
-            self._metrics.add("completion/tokens_mean", rollout.facts.num_tokens)
-            self._metrics.add("completion/cut_off_share", float(is_cut_off(rollout.facts)))
-            self._metrics.add("completion/left_out_share", float(advantage is None))
+        facts = [rollout.facts for rollout in group.rollouts]
+        scored = [i for i, rollout in enumerate(group.rollouts) if rollout.verdict.outcome is Outcome.SCORED]
+        self._metrics.add_all("reward/mean", [group.rollouts[i].verdict.reward for i in scored])
+        self._metrics.add_all("reward/accuracy", [group.rollouts[i].verdict.correct for i in scored])
+        if self._config.reward.overlong is not None:
+            self._metrics.add_all("reward/overlong_penalty", [penalties[i] for i in scored])
+        self._metrics.add_all("completion/tokens_mean", [fact.num_tokens for fact in facts])
+        self._metrics.add_all("completion/cut_off_share", [is_cut_off(fact) for fact in facts])
+        self._metrics.add_all("completion/left_out_share", [advantage is None for advantage in trained])

@@ -58,6 +58,10 @@ class ErrorWatch:
             )
 
 
+class _Expired(Exception):
+    """The engine has ended a group for its age."""
+
+
 class RolloutPool:
     """Sends prompts to rollout actors and completions to reward actors."""
 
@@ -90,30 +94,33 @@ class RolloutPool:
             .remote(prompt, temperature=temperature, max_new_tokens=max_new_tokens, seeds=list(seeds))
         )
         self.idle.started(engine, monotonic())
+        expired = False
         try:
             async with asyncio.TaskGroup() as scoring:
-                scored: list[asyncio.Task[list[Rollout]]] = []
+                rollouts: list[Rollout] = []
                 with self._timeline.span(f"rollout/{engine}", "generate", samples=len(seeds)):
                     async for payload in stream:
                         facts = await named(failure, self._facts(payload, stream))
                         if not facts:
-                            for task in scored:
-                                task.cancel()
                             self.idle.finished(engine, monotonic())
-                            return None
+                            # Ends what is being scored, too.
+                            raise _Expired
                         self._outstanding_tokens[engine] -= cost * len(facts)
                         outstanding -= cost * len(facts)
                         self.tokens_generated += sum(fact.num_tokens for fact in facts)
-                        scored.append(scoring.create_task(self._score(prompt, payload, facts)))
+                        scoring.create_task(self._score(prompt, payload, facts, rollouts))
                 self.idle.finished(engine, monotonic())
+        except* _Expired:
+            expired = True
         finally:
             self._outstanding_tokens[engine] -= outstanding
-        rollouts = tuple(rollout for task in scored for rollout in task.result())
-        by_sample = sorted(rollouts, key=lambda rollout: rollout.facts.sample)
+        if expired:
+            return None
+        rollouts.sort(key=lambda rollout: rollout.facts.sample)
         if len(rollouts) != len(seeds):
             raise RunError(f"{failure}: {len(rollouts)} of {len(seeds)} completions came. See its log.")
-        assert [rollout.facts.sample for rollout in by_sample] == list(range(len(seeds))), "a sample came twice"
-        return tuple(by_sample)
+        assert [rollout.facts.sample for rollout in rollouts] == list(range(len(seeds))), "a sample came twice"
+        return tuple(rollouts)
 
     async def expire(self, oldest_version: int) -> None:
         """Lets every engine end what has tokens older than `oldest_version`; their `sample` returns None."""
@@ -133,10 +140,13 @@ class RolloutPool:
         facts: list[CompletionFacts] = await following
         return facts
 
-    async def _score(self, prompt: Any, payload: Any, facts: Sequence[CompletionFacts]) -> list[Rollout]:
+    async def _score(
+        self, prompt: Any, payload: Any, facts: Sequence[CompletionFacts], rollouts: list[Rollout]
+    ) -> None:
+        """Adds a payload's completions with their verdicts to a group's rollouts."""
         replica, reward = next(self._reward)
         with self._timeline.span(f"reward/{replica}", "score", completions=len(facts)):
             verdicts: list[Verdict] = await named("the reward failed", reward.score.remote(prompt, payload))
         for verdict in verdicts:
             self._errors.add(verdict)
-        return [Rollout(payload, i, *pair) for i, pair in enumerate(zip(facts, verdicts, strict=True))]
+        rollouts += [Rollout(payload, i, *pair) for i, pair in enumerate(zip(facts, verdicts, strict=True))]

@@ -7,8 +7,7 @@ comes after so many events that a viewer would choke, is counted and not drawn.
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from heapq import heappop, heappush
 from pathlib import Path
 from time import monotonic
@@ -59,28 +58,25 @@ class Timeline:
         self._totals: dict[str, dict[str, float]] = {}
         self._num_events = 0
 
-    @contextmanager
-    def span(self, actor: str, name: str, **details: int) -> Iterator[None]:
+    def span(self, actor: str, name: str, **details: int) -> "_Span":
         """Takes down what runs within, also where it fails.
 
         Args:
             actor: such as `rollout/0`; what stands before the slash is its role.
             details: shown by the viewer.
         """
-        lanes = self._lanes[actor]
-        lane = lanes.take()
-        started = self._clock()
-        try:
-            yield
-        finally:
-            lanes.give_back(lane)
-            self._end(actor, name, lane, started, self._clock(), details)
+        return _Span(self, actor, name, details)
 
     def add(self, actor: str, name: str, started: float, ended: float) -> None:
         """Draws what an actor said that it did, by this timeline's clock; it is in no total, being part of what it was asked for."""
         self._draw(actor, name, _OWN_LANE, started, ended, {})
 
-    def _end(self, actor: str, name: str, lane: int, started: float, ended: float, details: dict[str, int]) -> None:
+    def _begin(self, actor: str) -> tuple[int, float]:
+        return self._lanes[actor].take(), self._clock()
+
+    def _end(self, actor: str, name: str, lane: int, started: float, details: dict[str, int]) -> None:
+        self._lanes[actor].give_back(lane)
+        ended = self._clock()
         totals = self._totals.setdefault(actor.partition("/")[0], {})
         totals[name] = totals.get(name, 0.0) + ended - started
         self._draw(actor, name, lane, started, ended, details)
@@ -102,6 +98,22 @@ class Timeline:
     def totals(self) -> dict[str, dict[str, float]]:
         """Returns role → name → seconds, over all spans that have ended; those that ran at once count each."""
         return {role: dict(names) for role, names in self._totals.items()}
+
+
+class _Span:
+    __slots__ = ("_timeline", "_actor", "_name", "_details", "_lane", "_started")
+
+    def __init__(self, timeline: Timeline, actor: str, name: str, details: dict[str, int]) -> None:
+        self._timeline = timeline
+        self._actor = actor
+        self._name = name
+        self._details = details
+
+    def __enter__(self) -> None:
+        self._lane, self._started = self._timeline._begin(self._actor)
+
+    def __exit__(self, *_: object) -> None:
+        self._timeline._end(self._actor, self._name, self._lane, self._started, self._details)
 
 
 class TraceWriter:
