@@ -12,6 +12,7 @@ from maspo_ray.checks import Evaluator, Parity, ParityCheck
 from maspo_ray.config import RunConfig
 from maspo_ray.experience import Experience, PublishReport, UpdateReport
 from maspo_ray.fleet import Fleet
+from maspo_ray.garbage import collecting_rarely
 from maspo_ray.intake import Intake
 from maspo_ray.metrics import StepMetrics, combine_updates
 from maspo_ray.packing import pack
@@ -71,12 +72,13 @@ class Pipeline:
             await self._publish(0)
             await self._check_parity(0)
             await self._evaluate(0)
-            async with asyncio.TaskGroup() as tasks:
-                producer = tasks.create_task(self._producer.run(tasks))
-                await self._train(tasks)
-                producer.cancel()
-                if self._recorder is not None:
-                    await self._recorder.finish()
+            with collecting_rarely():
+                async with asyncio.TaskGroup() as tasks:
+                    producer = tasks.create_task(self._producer.run(tasks))
+                    await self._train(tasks)
+                    producer.cancel()
+            if self._recorder is not None:
+                await self._recorder.finish()
         finally:
             self._intake.close()
 

@@ -42,6 +42,7 @@ FLOORS = [
     "maspo_ray.checkpoint",
     "maspo_ray.model_difference",
     "maspo_ray.seeds",
+    "maspo_ray.garbage",
     "maspo_ray.staleness",
     "maspo_ray.update_watch",
     "maspo_ray.ledger",
