@@ -107,7 +107,8 @@ class RolloutPool:
                             raise _Expired
                         self._outstanding_tokens[engine] -= cost * len(facts)
                         outstanding -= cost * len(facts)
-                        self.tokens_generated += sum(fact.num_tokens for fact in facts)
+                        for fact in facts:
+                            self.tokens_generated += fact.num_tokens
                         scoring.create_task(self._score(prompt, payload, facts, rollouts))
                 self.idle.finished(engine, monotonic())
         except* _Expired:

@@ -22,25 +22,6 @@ Event = dict[str, Any]
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
-class _Lanes:
-    """The lanes of one actor; the lowest that is free is taken first."""
-
-    __slots__ = ("_num_lanes", "_free")
-
-    def __init__(self) -> None:
-        self._num_lanes = 0
-        self._free: list[int] = []
-
-    def take(self) -> int:
-        if self._free:
-            return heappop(self._free)
-        self._num_lanes += 1
-        return self._num_lanes - 1
-
-    def give_back(self, lane: int) -> None:
-        heappush(self._free, lane)
-
-
 class Timeline:
     """Gathers spans.
 
@@ -53,9 +34,9 @@ class Timeline:
         self._write = write
         self._clock = clock
         self._started = clock()
-        self._actors: dict[str, int] = {}
-        self._lanes: defaultdict[str, _Lanes] = defaultdict(_Lanes)
-        self._totals: dict[str, dict[str, float]] = {}
+        self._tracks: dict[str, _Track] = {}
+        self._totals: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
+        self._num_drawn_actors = 0
         self._num_events = 0
 
     def span(self, actor: str, name: str, **details: int) -> "_Span":
@@ -65,55 +46,91 @@ class Timeline:
             actor: such as `rollout/0`; what stands before the slash is its role.
             details: shown by the viewer.
         """
-        return _Span(self, actor, name, details)
+        return _Span(self, self._track(actor), name, details)
 
     def add(self, actor: str, name: str, started: float, ended: float) -> None:
         """Draws what an actor said that it did, by this timeline's clock; it is in no total, being part of what it was asked for."""
-        self._draw(actor, name, _OWN_LANE, started, ended, {})
+        self._draw(self._track(actor), name, _OWN_LANE, started, ended, {})
 
-    def _begin(self, actor: str) -> tuple[int, float]:
-        return self._lanes[actor].take(), self._clock()
+    def _track(self, actor: str) -> "_Track":
+        track = self._tracks.get(actor)
+        if track is None:
+            track = self._tracks[actor] = _Track(actor, self._totals[actor.partition("/")[0]])
+        return track
 
-    def _end(self, actor: str, name: str, lane: int, started: float, details: dict[str, int]) -> None:
-        self._lanes[actor].give_back(lane)
-        ended = self._clock()
-        totals = self._totals.setdefault(actor.partition("/")[0], {})
-        totals[name] = totals.get(name, 0.0) + ended - started
-        self._draw(actor, name, lane, started, ended, details)
-
-    def _draw(self, actor: str, name: str, lane: int, started: float, ended: float, details: dict[str, int]) -> None:
+    def _draw(
+        self, track: "_Track", name: str, lane: int, started: float, ended: float, details: dict[str, int]
+    ) -> None:
         if ended - started < MIN_DRAWN_S or self._num_events >= MAX_EVENTS:
             return
         self._num_events += 1
-        if actor not in self._actors:
-            self._actors[actor] = len(self._actors)
-            self._write({"ph": "M", "name": "process_name", "pid": self._actors[actor], "args": {"name": actor}})
-        event = {"ph": "X", "name": name, "pid": self._actors[actor], "tid": lane}
-        microseconds = {
+        if track.number is None:
+            track.number = self._num_drawn_actors
+            self._num_drawn_actors += 1
+            self._write({"ph": "M", "name": "process_name", "pid": track.number, "args": {"name": track.actor}})
+        event = {
+            "ph": "X",
+            "name": name,
+            "pid": track.number,
+            "tid": lane,
             "ts": round(1e6 * (started - self._started)),
             "dur": round(1e6 * (ended - started)),
         }
-        self._write(event | microseconds | ({"args": details} if details else {}))
+        if details:
+            event["args"] = details
+        self._write(event)
 
     def totals(self) -> dict[str, dict[str, float]]:
         """Returns role → name → seconds, over all spans that have ended; those that ran at once count each."""
-        return {role: dict(names) for role, names in self._totals.items()}
+        return {role: dict(names) for role, names in self._totals.items() if names}
+
+
+class _Track:
+    """One actor's part of the timeline.
+
+    Attributes:
+        totals: name → seconds, of all actors of its role.
+        number: in the file; None until something of it is drawn.
+    """
+
+    __slots__ = ("actor", "totals", "number", "_num_lanes", "_free_lanes")
+
+    def __init__(self, actor: str, totals: defaultdict[str, float]) -> None:
+        self.actor = actor
+        self.totals = totals
+        self.number: int | None = None
+        self._num_lanes = 0
+        self._free_lanes: list[int] = []
+
+    def take_lane(self) -> int:
+        """Returns the lowest lane that is free, which then is not."""
+        if self._free_lanes:
+            return heappop(self._free_lanes)
+        self._num_lanes += 1
+        return self._num_lanes - 1
+
+    def give_back_lane(self, lane: int) -> None:
+        heappush(self._free_lanes, lane)
 
 
 class _Span:
-    __slots__ = ("_timeline", "_actor", "_name", "_details", "_lane", "_started")
+    __slots__ = ("_timeline", "_track", "_name", "_details", "_lane", "_started")
 
-    def __init__(self, timeline: Timeline, actor: str, name: str, details: dict[str, int]) -> None:
+    def __init__(self, timeline: Timeline, track: _Track, name: str, details: dict[str, int]) -> None:
         self._timeline = timeline
-        self._actor = actor
+        self._track = track
         self._name = name
         self._details = details
 
     def __enter__(self) -> None:
-        self._lane, self._started = self._timeline._begin(self._actor)
+        self._lane = self._track.take_lane()
+        self._started = self._timeline._clock()
 
     def __exit__(self, *_: object) -> None:
-        self._timeline._end(self._actor, self._name, self._lane, self._started, self._details)
+        ended = self._timeline._clock()
+        self._track.give_back_lane(self._lane)
+        self._track.totals[self._name] += ended - self._started
+        self._timeline._draw(self._track, self._name, self._lane, self._started, ended, self._details)
 
 
 class TraceWriter:

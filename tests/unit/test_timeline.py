@@ -2,10 +2,13 @@
 
 import asyncio
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from maspo_ray import timeline
 from maspo_ray.timeline import Timeline, TraceWriter
@@ -91,3 +94,21 @@ def test_add_is_drawn_in_a_lane_of_its_own_and_in_no_total() -> None:
     drawn = [event for event in events if event.get("name") == "paused"]
     assert [(event["ts"], event["dur"], event["tid"] > 100) for event in drawn] == [(1_000_000, 1_500_000, True)]
     assert line.totals() == {"rollout": {"generate": 0.0}}
+
+
+@given(st.lists(st.integers(0, 30), max_size=60))
+def test_span_takes_the_lowest_lane_that_is_free(choices: list[int]) -> None:
+    line, clock, events = _timeline()
+    running: list[tuple[AbstractContextManager[None], int]] = []
+    expected = []
+    for choice in choices:
+        clock.now += 1.0
+        if choice < len(running):
+            span, lane = running.pop(choice)
+            span.__exit__(None, None, None)
+            expected.append(lane)
+        else:
+            busy = {lane for _, lane in running}
+            running.append((line.span("rollout/0", "generate"), min(set(range(len(busy) + 1)) - busy)))
+            running[-1][0].__enter__()
+    assert [event["tid"] for event in events if event["ph"] == "X"] == expected
