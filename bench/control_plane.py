@@ -1,0 +1,256 @@
+"""What the controller costs: the real pipeline before simulated actors, in virtual time, 16,384 groups of 8 samples in flight.
+
+    python -m bench.control_plane
+
+controller_ms_per_group        CPU of the controller's process for a group, at 1,024 rollout and as many reward actors: from its prompt to
+                               its line in the ledger, with the other actors' simulation taken off
+growth_64_to_1024              that figure at 1,024 actors / at 64
+memory_slope_bytes_per_group   of Python's live memory against groups that have ended, at 1,024 actors
+
+Real are `Pipeline`, `RolloutPool`, `StalenessGate`, `GroupLedger`, `ReadyBuffer`, `PromptStream`, `RunFolder`, `Timeline` and `pack`; simulated is
+what stands behind a Ray handle (`bench/simulated.py`). Each sample comes in an object of its own, the most that a group can cost; a fifth
+of the groups is filtered and refilled, some go past the staleness bound, some samples cannot be scored.
+
+The simulation's own cost is what the same actors take when a plain loop asks them for as many groups, awaits every object and does
+nothing with it. `with_simulation` is the figure with nothing taken off. Sizes run in turn; the least and the most stand beside the median.
+
+Memory is what tracemalloc counts, in a run of its own since counting slows it: RSS comes in pages that the allocator keeps, and blocks
+(`sys.getallocatedblocks`) have no size. It is taken after each weight update, at a full garbage collection, so that as many groups are in
+flight each time, from when the first of them have left to when the last are admitted. The slope is by least squares, with its standard error.
+
+Ray's client is in none of this; what it takes of the same process is measured beside it, with a real local Ray.
+"""
+
+import asyncio
+import gc
+import json
+import logging
+import statistics
+import tempfile
+import tracemalloc
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from time import process_time
+from typing import Any
+
+import numpy as np
+import ray
+
+from bench.simulated import Behaviour, SimulatedFleet, VirtualLoop, simulated_config, simulated_pipeline
+from maspo_ray.cluster import connected
+from maspo_ray.config import PlacementConfig
+from maspo_ray.experience import CompletionFacts, Prompt, Verdict
+from maspo_ray.garbage import collecting_rarely
+from maspo_ray.pipeline import Pipeline
+
+SIZES = (64, 1024)
+GROUPS_PER_STEP, MAX_STALENESS, SAMPLES, RANKS = 4096, 3, 8, 64
+IN_FLIGHT = GROUPS_PER_STEP * (MAX_STALENESS + 1)
+REPEATS, STEPS = 3, 8
+MEMORY_STEPS = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Driven:
+    """A run's CPU for each of its groups, and how these ended."""
+
+    ms_per_group: float
+    groups: dict[str, int]
+
+
+def make_prompts() -> list[Prompt]:
+    ids = np.arange(200, dtype=np.int32)
+    return [Prompt(f"bench/{i}", "", ids, "") for i in range(10_000)]
+
+
+def in_virtual_time(main: Callable[[VirtualLoop], Coroutine[Any, Any, Driven]]) -> Driven:
+    loop = VirtualLoop()
+    with asyncio.Runner(loop_factory=lambda: loop) as runner:
+        return runner.run(main(loop))
+
+
+def drive(engines: int, steps: int, watch: Callable[[SimulatedFleet, Pipeline], None] | None = None) -> Driven:
+    """Runs the real pipeline for so many steps."""
+
+    async def main(loop: VirtualLoop) -> Driven:
+        fleet = SimulatedFleet(loop, engines, engines, RANKS, Behaviour())
+        config = simulated_config(
+            Path(folder), steps=steps, groups_per_step=GROUPS_PER_STEP, max_staleness=MAX_STALENESS
+        )
+        pipeline, files = simulated_pipeline(config, fleet, make_prompts())
+        if watch is not None:
+            watch(fleet, pipeline)
+        started = process_time()
+        await pipeline.run()
+        taken = process_time() - started
+        files.close()
+        groups = pipeline.group_counts
+        return Driven(1e3 * taken / groups["submitted"], groups)
+
+    with tempfile.TemporaryDirectory() as folder:
+        return in_virtual_time(main)
+
+
+def drive_plainly(engines: int, count: int) -> Driven:
+    """Asks the same actors for as many groups, half of IN_FLIGHT at once: the others of a run are ready and wait for the learner."""
+
+    async def main(loop: VirtualLoop) -> Driven:
+        fleet = SimulatedFleet(loop, engines, engines, RANKS, Behaviour())
+        places = asyncio.Semaphore(IN_FLIGHT // 2)
+
+        async def group(number: int) -> None:
+            actor, reward = fleet.of_role("rollout")[number % engines], fleet.of_role("reward")[number % engines]
+            stream = actor.generate.options(num_returns="streaming").remote(
+                fleet.put(None), temperature=1.0, max_new_tokens=1, seeds=[None] * SAMPLES
+            )
+            scored = []
+            async for payload in stream:
+                await (await anext(stream))
+                scored.append(reward.score.remote(None, payload))
+            for verdict in scored:
+                await verdict
+            places.release()
+
+        started = process_time()
+        with collecting_rarely():
+            async with asyncio.TaskGroup() as tasks:
+                for number in range(count):
+                    await places.acquire()
+                    tasks.create_task(group(number))
+        return Driven(1e3 * (process_time() - started) / count, {})
+
+    return in_virtual_time(main)
+
+
+def memory_slope(engines: int) -> dict[str, float]:
+    """Returns the slope of live memory against ended groups, over those that ended between the first and the last look."""
+    looks: list[tuple[int, int]] = []
+
+    def watch(fleet: SimulatedFleet, pipeline: Pipeline) -> None:
+        def look(version: int) -> None:
+            if MAX_STALENESS < version < MEMORY_STEPS - MAX_STALENESS:
+                gc.collect()
+                counts = pipeline.group_counts
+                ended = sum(counts.values()) - counts["submitted"]
+                looks.append((ended, tracemalloc.get_traced_memory()[0]))
+
+        fleet.on_publish = look
+
+    tracemalloc.start()
+    drive(engines, MEMORY_STEPS, watch)
+    tracemalloc.stop()
+    ended, live = np.array(looks, dtype=np.float64).T
+    (slope, _), covariance = np.polyfit(ended, live, 1, cov=True)
+    return {
+        "slope": float(slope),
+        "error": float(covariance[0, 0] ** 0.5),
+        "groups": float(ended[-1] - ended[0]),
+        "live_mb": float(live.mean() / 1e6),
+    }
+
+
+class Answering:
+    """An actor that answers at once, in the shapes of a rollout's and a reward's answers."""
+
+    async def generate(self, _prompt: Any) -> Any:
+        for sample in range(SAMPLES):
+            yield b""
+            yield [CompletionFacts(1, 0, 0, "stop", sample)]
+
+    async def score(self, _prompt: Any, _payload: Any) -> list[Verdict]:
+        return [Verdict.from_reward(1.0)]
+
+
+def ray_client_ms(calls: int = 400) -> dict[str, float]:
+    """Returns the CPU, in this process, of the Ray calls that a group makes: of each, and of a whole group."""
+
+    async def measure(actor: Any, prompt: Prompt) -> dict[str, float]:
+        async def score() -> None:
+            await actor.score.remote(reference, b"")
+
+        async def stream() -> None:
+            objects = actor.generate.options(num_returns="streaming").remote(reference)
+            async for _ in objects:
+                await (await anext(objects))
+
+        reference = ray.put(prompt)
+        await asyncio.gather(score(), stream())
+        marks = [process_time()]
+        kept = [ray.put(prompt) for _ in range(calls)]
+        marks.append(process_time())
+        await asyncio.gather(*(score() for _ in range(calls)))
+        marks.append(process_time())
+        await asyncio.gather(*(stream() for _ in range(calls // SAMPLES)))
+        marks.append(process_time())
+        put, call, streams = (1e3 * (b - a) / len(kept) for a, b in zip(marks, marks[1:], strict=False))
+        stream_ms = streams * SAMPLES
+        return {
+            "put": put,
+            "call": call,
+            "streamed_object": stream_ms / (2 * SAMPLES),
+            "group": put + SAMPLES * call + stream_ms,
+        }
+
+    with connected(PlacementConfig(object_store_gib=0.2)):
+        actor: Any = ray.remote(Answering).options(num_cpus=0, max_concurrency=1000).remote()
+        return asyncio.run(measure(actor, make_prompts()[0]))
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):8.3f}  ({min(values):.3f} to {max(values):.3f})"
+
+
+def main() -> None:
+    # Simulated failures are logged as real ones are; here they are none.
+    logging.disable(logging.WARNING)
+    ray_ms = ray_client_ms()
+    gross: dict[int, list[float]] = {size: [] for size in SIZES}
+    plain: dict[int, list[float]] = {size: [] for size in SIZES}
+    for _ in range(REPEATS):
+        for size in SIZES:
+            driven = drive(size, STEPS)
+            gross[size].append(driven.ms_per_group)
+            plain[size].append(drive_plainly(size, driven.groups["submitted"]).ms_per_group)
+    memory = memory_slope(SIZES[-1])
+    net = {size: [a - b for a, b in zip(gross[size], plain[size], strict=True)] for size in SIZES}
+    growth = [b / a for a, b in zip(*net.values(), strict=True)]
+    gross_growth = [b / a for a, b in zip(*gross.values(), strict=True)]
+
+    ended = ", ".join(f"{count:,} {name}" for name, count in driven.groups.items())
+    print(f"{IN_FLIGHT:,} groups of {SAMPLES} in flight, {RANKS} learner ranks; a run: {ended}")
+    print(f"{'ms of CPU a group':36s}" + "".join(f"{f'{size:,} actors':>28s}" for size in SIZES))
+    for name, figures in (("controller", net), ("with the simulation", gross), ("the simulation alone", plain)):
+        print(f"{name:36s}" + "".join(f"{spread(figures[size]):>28s}" for size in SIZES))
+    print(f"{'growth, controller':36s}{spread(growth)}")
+    print(f"{'growth, with the simulation':36s}{spread(gross_growth)}")
+    print(
+        f"{'memory, bytes a group':36s}{memory['slope']:8.1f}  ± {memory['error']:.1f} over {memory['groups']:,.0f} groups, "
+        f"{memory['live_mb']:.0f} MB live"
+    )
+    for name, value in ray_ms.items():
+        print(f"{f'Ray client, ms of CPU: {name}':36s}{value:8.3f}")
+    print(
+        json.dumps(
+            {
+                "bench": "control_plane",
+                "controller_ms_per_group": statistics.median(net[SIZES[-1]]),
+                "controller_ms_per_group_64": statistics.median(net[SIZES[0]]),
+                "with_simulation_ms_per_group": statistics.median(gross[SIZES[-1]]),
+                "growth_64_to_1024": statistics.median(growth),
+                "growth_with_simulation": statistics.median(gross_growth),
+                "memory_slope_bytes_per_group": memory["slope"],
+                "memory_slope_error": memory["error"],
+                "ray_client_ms": ray_ms,
+                "spread": {
+                    "controller_ms_per_group": [min(net[SIZES[-1]]), max(net[SIZES[-1]])],
+                    "with_simulation_ms_per_group": [min(gross[SIZES[-1]]), max(gross[SIZES[-1]])],
+                    "growth_64_to_1024": [min(growth), max(growth)],
+                },
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
