@@ -22,13 +22,24 @@ import numpy as np
 
 from maspo_ray.checks import ParityCheck
 from maspo_ray.config import RunConfig
-from maspo_ray.experience import Completion, CompletionFacts, Outcome, Prompt, UpdateReport, Verdict, VersionSpan
+from maspo_ray.door import DropStale
+from maspo_ray.experience import (
+    Completion,
+    CompletionFacts,
+    Outcome,
+    Prompt,
+    PublishReport,
+    UpdateReport,
+    Verdict,
+    VersionSpan,
+)
 from maspo_ray.pipeline import Pipeline
 from maspo_ray.progress import Progress
 from maspo_ray.prompts import PromptStream
 from maspo_ray.rollout_pool import ErrorWatch, RolloutPool
 from maspo_ray.run_folder import RunFolder
 from maspo_ray.run_record import RunRecord
+from maspo_ray.samplers import UniformSampler
 from maspo_ray.timeline import Timeline
 
 
@@ -144,26 +155,41 @@ class _Payload:
 class _Stream:
     """A group's completions as they end, each followed by its facts."""
 
-    __slots__ = ("_fleet", "_started", "_ending", "_shown")
+    __slots__ = ("_fleet", "_running", "_started", "_version", "_ending", "_shown", "_coming")
 
-    def __init__(self, fleet: "SimulatedFleet", ending: list[tuple[float, _Payload]]) -> None:
+    def __init__(
+        self, fleet: "SimulatedFleet", running: "set[_Stream]", version: int, ending: list[tuple[float, _Payload]]
+    ) -> None:
         self._fleet = fleet
+        self._running = running
         self._started = fleet.loop.time()
+        self._version = version
         self._ending = ending
         self._shown: _Payload | None = None
+        self._coming: asyncio.Future[Any] | None = None
+        running.add(self)
 
     def __aiter__(self) -> "_Stream":
         return self
 
     def __anext__(self) -> Awaitable[Any]:
         if self._shown is not None:
-            shown, self._shown = self._shown, None
+            shown, self._shown, self._coming = self._shown, None, None
             facts = CompletionFacts(shown.num_tokens, shown.version, self._fleet.version, "stop", shown.sample)
-            return Ref(Ref([facts]))
+            return Ref(Ref([facts] if shown is not _EXPIRED else []))
         if not self._ending:
+            self._running.discard(self)
             return _END
         after_s, self._shown = self._ending.pop()
-        return self._fleet.loop.answer(self._started + after_s - self._fleet.loop.time(), self._shown)
+        self._coming = self._fleet.loop.answer(self._started + after_s - self._fleet.loop.time(), self._shown)
+        return self._coming
+
+    def expire(self, oldest_version: int) -> None:
+        """Ends what waits for its next completion, if it began before a version."""
+        if self._version < oldest_version and self._coming is not None and not self._coming.done():
+            self._ending.clear()
+            self._shown = _EXPIRED
+            self._coming.set_result(_EXPIRED)
 
 
 class _End:
@@ -173,6 +199,7 @@ class _End:
 
 
 _END = _End()
+_EXPIRED = _Payload(0, 0, 0, Verdict.from_reward(0.0))
 _UNSCORED = Verdict.unscored(Outcome.ERROR, "simulated")
 _WRONG, _RIGHT = Verdict.from_reward(0.0), Verdict.from_reward(1.0)
 
@@ -197,14 +224,29 @@ class SimulatedFleet:
         self._random = random.Random(behaviour.seed)
         self._completion_s = _lognormal(behaviour.median_s, behaviour.sigma, behaviour.seed)
         self._score_s = _lognormal(behaviour.score_s, behaviour.sigma, behaviour.seed + 1)
-        generate = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._generate))
         score = SimpleNamespace(remote=lambda _, payload: loop.answer(next(self._score_s), [payload.verdict]))
         self._actors: dict[str, list[Any]] = {
-            "rollout": [SimpleNamespace(generate=generate) for _ in range(engines)],
+            "rollout": [self._engine() for _ in range(engines)],
             "reward": [SimpleNamespace(score=score) for _ in range(rewards)],
             "reference": [],
             "learner": list(range(ranks)),
         }
+
+    def _engine(self) -> SimpleNamespace:
+        running: set[_Stream] = set()
+
+        def generate(prompt: Any, **arguments: Any) -> _Stream:
+            return self._generate(running, **arguments)
+
+        def expire(oldest_version: int) -> Ref:
+            for stream in list(running):
+                stream.expire(oldest_version)
+            return Ref(None)
+
+        options = SimpleNamespace(remote=generate)
+        return SimpleNamespace(
+            generate=SimpleNamespace(options=lambda **_: options), expire=SimpleNamespace(remote=expire)
+        )
 
     def of_role(self, role: str) -> list[Any]:
         return self._actors[role]
@@ -213,8 +255,17 @@ class SimulatedFleet:
     def put(value: Any) -> Ref:
         return Ref(value)
 
+    @staticmethod
+    def object_store_used_bytes() -> float:
+        return 0.0
+
     def _generate(
-        self, prompt: Any, *, temperature: float, max_new_tokens: int, seeds: Sequence[int | None]
+        self,
+        running: set[_Stream],
+        *,
+        temperature: float,
+        max_new_tokens: int,
+        seeds: Sequence[int | None],
     ) -> _Stream:
         rate, version = self.behaviour.tokens_per_s, self.version
         ending = [
@@ -224,7 +275,7 @@ class SimulatedFleet:
             )
         ]
         ending.sort(key=itemgetter(0), reverse=True)
-        return _Stream(self, ending)
+        return _Stream(self, running, version, ending)
 
     def _verdicts(self, count: int) -> list[Verdict]:
         drawn, behaviour = self._random.random, self.behaviour
@@ -242,7 +293,8 @@ class SimulatedFleet:
             await asyncio.sleep(self.behaviour.publish_s)
             self.version = arguments[0]
             self.on_publish(self.version)
-            return {"time/publish_s": self.behaviour.publish_s}
+            pauses = ((0.0, self.behaviour.publish_s),) * len(self.of_role("rollout"))
+            return PublishReport(self.behaviour.publish_s, pauses)
         assert method == "completion_logprobs", f"the pipeline called learners({method!r})"
         return [np.zeros(len(completion), np.float32) for _, completion in arguments[0]]
 
@@ -274,7 +326,7 @@ def simulated_config(folder: Path, **pipeline: Any) -> RunConfig:
         "reward": {"max_error_rate": 1.0},
         "learner": {"max_tokens_per_micro_batch": 32768, "max_skipped_updates": 1000},
         "pipeline": {"parity_every": 0} | pipeline,
-        "logging": {"progress": "off", "tensorboard": False, "curves": False},
+        "logging": {"progress": "off", "tensorboard": False, "curves": False, "steps": False},
         "run_dir": str(folder),
     }
     return RunConfig.model_validate(tree)
@@ -290,7 +342,9 @@ def simulated_pipeline(
     errors = ErrorWatch(config.reward.max_error_rate)
     pool = RolloutPool(fleet.of_role("rollout"), fleet.of_role("reward"), errors, timeline)
     parity = ParityCheck(shared, prompts[:1], config.rollout, *config.parity_bound)
-    stream = PromptStream(prompts, shuffle=True, seed=config.seed)
+    sampler = UniformSampler(len(prompts), shuffle=True, seed=config.seed)
+    stream = PromptStream(prompts, sampler, shuffle=True, seed=config.seed)
+    door = DropStale(config.pipeline.max_staleness)
     progress = Progress(config.pipeline.steps, "off", io.StringIO())
     record = RunRecord(config)
-    return Pipeline(config, shared, pool, stream, None, parity, folder, progress, record, timeline), folder
+    return Pipeline(config, shared, pool, stream, None, parity, folder, progress, record, timeline, door), folder

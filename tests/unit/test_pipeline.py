@@ -97,6 +97,9 @@ def test_pipeline_of_many_engines_trains_fresh_groups_and_counts_the_others(tmp_
     # A fifth is filtered; with σ = 1 a group's slowest of 8 often takes longer than 4 steps.
     assert min(seen.counts[outcome] for outcome in ("filtered", "stale", "failed")) > 5
     assert max(seen.staleness) == 3
+    # Most of what is too old is cancelled in its engine, and not refused when it is done.
+    stale = [row for row in seen.rows if row["outcome"] == "stale"]
+    assert sum("cancelled" in row.get("cause", "") for row in stale) > len(stale) / 2
 
 
 def test_pipeline_without_staleness_is_on_policy(tmp_path: Path) -> None:
