@@ -132,14 +132,22 @@ class VLLMRollout:
             while group.running:
                 # What ends in one step of the engine comes out together.
                 ended, group.running = await asyncio.wait(group.running, return_when=asyncio.FIRST_COMPLETED)
-                completions = [] if group.expired else [task.result() for task in ended]
+                if group.expired:
+                    yield []
+                    yield []
+                    return
+                completions = [task.result() for task in ended]
+                # `expire` may come while these are on their way; what it has cancelled is then the next to end.
                 yield completions
                 yield [CompletionFacts.of(completion) for completion in completions]
-                if group.expired:
-                    return
         finally:
             self._groups.remove(group)
             group.cancel()
+
+    async def check(self) -> None:
+        await self._engine.check_health()
+        # Of the engine's own process, which holds the transfer group.
+        await self._engine.is_paused()
 
     async def expire(self, oldest_version: int) -> None:
         for group in self._groups:
@@ -150,7 +158,7 @@ class VLLMRollout:
 
     async def _complete(
         self,
-        group: "_RunningGroup",
+        group: _RunningGroup,
         prompt: Prompt,
         temperature: float,
         max_new_tokens: int,
@@ -161,7 +169,8 @@ class VLLMRollout:
         async with self._places:
             await self._steady.wait()
             salted = self._version
-            group.version = min(salted, salted if group.version is None else group.version)
+            if group.version is None:
+                group.version = salted
             output = (await self._run(prompt.token_ids, parameters, salted)).outputs[0]
         # Missing would otherwise read as log-prob 0, which is probability 1.
         assert output.logprobs is not None and len(output.logprobs) == len(output.token_ids), "a token has no log-prob"

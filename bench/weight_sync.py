@@ -43,10 +43,10 @@ from maspo_ray.weight_sync.gloo_engine import (
     GlooTrainerWeightTransferEngine,
     GlooUpdateInfo,
     GlooWorkerExtension,
-    _fill,
-    _start_broadcast,
-    _together,
+    fill_bucket,
     join_group,
+    start_broadcast,
+    together,
 )
 from maspo_ray.weight_sync.publisher import RolloutClient
 
@@ -116,10 +116,12 @@ class ProbedRollout(VLLMRollout):
             await asyncio.sleep(0.1)
 
 
-class Timed(GlooTrainerWeightTransferEngine):
-    """The sender, which takes down the seconds until all bytes have arrived."""
+class ProbedSender(GlooTrainerWeightTransferEngine):
+    """The sender, which takes down the seconds until all bytes have arrived, and can send as the first version did: one bucket is
+    packed while the one before is under way, all within the pause."""
 
     transferred_s = 0.0
+    as_first_version = False
 
     def _transfer(self, info: GlooUpdateInfo, meta: list[ParamMeta]) -> None:
         assert isinstance(self.client, ProbedClient)
@@ -128,11 +130,10 @@ class Timed(GlooTrainerWeightTransferEngine):
         self.client.wait_until_received()
         self.transferred_s = perf_counter() - started
 
-
-class PackedInThePause(GlooTrainerWeightTransferEngine):
-    """The sender of the first version: one bucket is packed while the one before is under way, all within the pause."""
-
     def send_weights(self) -> None:
+        if not self.as_first_version:
+            super().send_weights()
+            return
         assert self.source is not None
         meta = self.source.metadata()
         info = asdict(update_info(meta))
@@ -142,7 +143,7 @@ class PackedInThePause(GlooTrainerWeightTransferEngine):
             self.client.update_weights(info)
 
         self.client.start_weight_update()
-        _together(take_up, lambda: self._stream(meta))
+        together(take_up, lambda: self._stream(meta))
         self.client.finish_weight_update()
 
     def _stream(self, meta: list[ParamMeta]) -> None:
@@ -151,10 +152,10 @@ class PackedInThePause(GlooTrainerWeightTransferEngine):
         sending: Any = None
         for bucket in cut_buckets(((m.name, m.dtype, m.shape) for m in meta), self._bucket_bytes):
             buffer = torch.empty(bucket.num_bytes, dtype=torch.uint8)
-            _fill(bucket, buffer, weights)
+            fill_bucket(bucket, buffer, weights)
             if sending is not None:
                 sending[1].wait()
-            sending = (buffer, _start_broadcast(self._group, buffer))
+            sending = (buffer, start_broadcast(self._group, buffer))
         sending[1].wait()
 
 
@@ -174,7 +175,7 @@ class Receiver:
         self._group = join_group(address, port, 1, 2, TIMEOUT_S)
 
     def receive(self) -> None:
-        for work in [_start_broadcast(self._group, buffer) for buffer in self._buffers]:
+        for work in [start_broadcast(self._group, buffer) for buffer in self._buffers]:
             work.wait()
 
 
@@ -190,7 +191,7 @@ def bare_broadcast(sizes: Sequence[int]) -> Callable[[], float]:
     def send() -> float:
         started = perf_counter()
         received = receiver.receive.remote()
-        for work in [_start_broadcast(group, buffer) for buffer in buffers]:
+        for work in [start_broadcast(group, buffer) for buffer in buffers]:
             work.wait()
         ray.get(received)
         return perf_counter() - started
@@ -235,35 +236,29 @@ def measure(model_path: str, dtype: Any, repeats: int) -> dict[str, Any]:
     meta = ModuleSource(model).metadata()
     client = ProbedClient([engine], 1, TIMEOUT_S)
 
-    def sender(kind: type[GlooTrainerWeightTransferEngine]) -> GlooTrainerWeightTransferEngine:
-        info = GlooTrainerInitInfo(
+    sender = ProbedSender.trainer_init(
+        GlooTrainerInitInfo(
             master_address=ray.util.get_node_ip_address(),
             master_port=free_port(),
             world_size=2,
             timeout_s=TIMEOUT_S,
             rank=0,
-        )
-        return kind.trainer_init(info, client=client, source=ModuleSource(model))
-
+        ),
+        client=client,
+        source=ModuleSource(model),
+    )
     sizes = [bucket.num_bytes for bucket in cut_buckets(((m.name, m.dtype, m.shape) for m in meta), BUCKET_BYTES)]
     weight_bytes = sum(sizes)
     bare = bare_broadcast(sizes)
-    version = 0
 
-    def send(kind: type[GlooTrainerWeightTransferEngine]) -> float:
-        """Returns the seconds until all bytes of an update have arrived, where the sender takes them down."""
-        nonlocal version
-        version += 1
-        client.version = version
-        # An engine has one transfer group; each sender brings its own.
-        publisher = sender(kind)
-        publisher.send_weights()
-        publisher.shutdown()
-        return publisher.transferred_s if isinstance(publisher, Timed) else 0.0
+    def send(as_first_version: bool) -> None:
+        client.version += 1
+        sender.as_first_version = as_first_version
+        sender.send_weights()
 
-    def update(kind: type[GlooTrainerWeightTransferEngine]) -> tuple[float, float]:
-        """Returns the stall and the transfer's seconds, of an update while requests run."""
-        ray.get(engine.as_first_version.remote(kind is PackedInThePause))
+    def stall(as_first_version: bool) -> float:
+        """Returns the stall of an update while requests run."""
+        ray.get(engine.as_first_version.remote(as_first_version))
         prompt = Prompt("bench", "", np.arange(10, 10 + PROMPT_TOKENS, dtype=np.int32), "")
         running = engine.generate.options(num_returns="streaming").remote(
             prompt, temperature=1.0, max_new_tokens=NEW_TOKENS // 2, seeds=[None] * REQUESTS
@@ -271,20 +266,19 @@ def measure(model_path: str, dtype: Any, repeats: int) -> dict[str, Any]:
         probed = engine.probe.remote(prompt.token_ids.tolist())
         # Past their prompts.
         ray.wait([probed], timeout=3.0)
-        transferred_s = send(kind)
+        send(as_first_version)
         ray.wait([probed], timeout=3.0)
-        stalled = ray.get(engine.stall.remote())
+        stalled: float = ray.get(engine.stall.remote())
         ray.cancel(running)
         ray.cancel(probed)
         ray.get(engine.rest.remote())
-        return stalled, transferred_s
+        return stalled
 
     rows: list[dict[str, float]] = []
     for _ in range(repeats + 1):
-        stall, busy = update(Timed)
-        first, _ = update(PackedInThePause)
-        row = {"transfer": send(Timed), "bare": bare(), "copy": copy_seconds(weight_bytes)}
-        rows.append(row | {"stall": stall, "busy": busy, "first": first})
+        row = {"stall": stall(False), "busy": sender.transferred_s, "first": stall(True)}
+        send(False)
+        rows.append(row | {"transfer": sender.transferred_s, "bare": bare(), "copy": copy_seconds(weight_bytes)})
     return {"weight_bytes": weight_bytes, "rows": rows[1:]}
 
 

@@ -71,8 +71,9 @@ class Evaluator:
                 )
                 for i, (prompt, tokens) in enumerate(self._prompts)
             ]
-        # No weights change meanwhile, so that nothing is ended for its age.
-        verdicts = [rollout.verdict for task in tasks for rollout in task.result() or ()]
+        sampled = [rollouts for task in tasks if (rollouts := task.result()) is not None]
+        assert len(sampled) == len(tasks), "an evaluation's samples were ended for their age, though no weights changed"
+        verdicts = [rollout.verdict for rollouts in sampled for rollout in rollouts]
         scored = [verdict.correct for verdict in verdicts if verdict.outcome is Outcome.SCORED]
         accuracy = sum(scored) / len(scored) if scored else float("nan")
         return EvalResult(accuracy, len(self._prompts), samples, len(verdicts) - len(scored))

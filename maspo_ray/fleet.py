@@ -134,11 +134,12 @@ class Fleet:
             note(f"{role}/{replica} is up")
 
         learners = self.of_role("learner")
-        rendezvous = await named("learner/0 failed to start", learners[0].rendezvous.remote())
+        limit = self._config.pipeline.setup_timeout_s
+        late = "the actors were not up within pipeline.setup_timeout_s"
+        rendezvous = await within(limit, late, named("learner/0 failed to start", learners[0].rendezvous.remote()))
         calls = [one("learner", rank, *rendezvous) for rank in range(len(learners))]
         calls += [one(role, i) for role in ("rollout", "reward", "reference") for i in range(len(self.of_role(role)))]
-        limit = self._config.pipeline.setup_timeout_s
-        await within(limit, "the actors were not up within pipeline.setup_timeout_s", asyncio.gather(*calls))
+        await within(limit, late, asyncio.gather(*calls))
         if self._config.learner.share_prompts:
             self.shares_prompts = await self.learners("shares_prompts")
             if not self.shares_prompts:

@@ -32,8 +32,7 @@ class Intake:
         self._groups_per_step = groups_per_step
         self._gate = StalenessGate(groups_per_step, max_staleness, steps * groups_per_step)
         self._ledger = GroupLedger(sink)
-        self._fresh = ReadyBuffer()
-        self._let_in = ReadyBuffer()
+        self._ready = ReadyBuffer()
         self._door = door
         self._num_groups = 0
 
@@ -74,7 +73,7 @@ class Intake:
 
     def accept(self, experience: Experience) -> None:
         """A running group is ready for the learner."""
-        self._fresh.put(experience)
+        self._ready.put(experience)
         self._gate.accept()
 
     def drop(self, group: Group, outcome: GroupOutcome, cause: str) -> None:
@@ -92,22 +91,25 @@ class Intake:
 
         What has gone past the bound is let in or leaves here, counted.
         """
-        oldest = self._gate.oldest_allowed_version
-        for late in self._let_in.pop_stale(oldest) + self._fresh.pop_stale(oldest):
-            kept = self._door.judge(late, self._gate.version)
-            if kept is not None:
-                self._let_in.put(kept)
+        late, let_in = self._ready.pop_stale(self._gate.oldest_allowed_version), []
+        for experience in late:
+            judged = self._door.judge(experience, self._gate.version)
+            if judged is not None:
+                let_in.append((experience, judged))
             else:
-                self._end(late.group, GroupOutcome.STALE)
+                self._end(experience.group, GroupOutcome.STALE)
                 self._gate.give_back_accepted()
-        if len(self._let_in) + len(self._fresh) < self._groups_per_step:
+        missing = max(0, self._groups_per_step - len(let_in))
+        fresh = self._ready.take(missing)
+        # As they came, where they wait on: the door is asked again.
+        for experience, _ in let_in if fresh is None else let_in[self._groups_per_step :]:
+            self._ready.put(experience)
+        if fresh is None:
             return None
-        count = min(len(self._let_in), self._groups_per_step)
-        fresh = self._fresh.take(self._groups_per_step - count) or []
         assert all(self._gate.is_fresh(experience.group.min_version) for experience in fresh), (
             "a group is past the bound"
         )
-        return [*(self._let_in.take(count) or ()), *fresh]
+        return [judged for _, judged in let_in[: self._groups_per_step]] + fresh
 
     def publish(self, version: int) -> None:
         """The learner trained on what `take` returned, and its weights are now `version`."""

@@ -85,6 +85,7 @@ class Pipeline:
     async def _train(self, tasks: asyncio.TaskGroup) -> None:
         for step in range(1, self._config.pipeline.steps + 1):
             started, tokens_before = monotonic(), self._pool.tokens_generated
+            stale_before = self._intake.counts["stale"]
             with self._timeline.span("learner", "wait", step=step):
                 batch = await self._next_batch()
             waited_s = monotonic() - started
@@ -99,6 +100,7 @@ class Pipeline:
                 "time/step_s": step_s,
                 "time/learner_wait_share": waited_s / step_s,
                 "time/rollout_idle_share": self._pool.idle.take_idle_share(started + step_s),
+                "groups/stale": float(self._intake.counts["stale"] - stale_before),
                 "groups/running": float(self._intake.running),
                 "groups/ready": float(self._intake.ready),
                 "object_store/used_mib": self._fleet.object_store_used_bytes() / 2**20,
@@ -159,7 +161,7 @@ class Pipeline:
 
     async def _publish(self, version: int) -> dict[str, float]:
         with self._timeline.span("learner", "publish", version=version):
-            started = monotonic()
+            started = self._timeline.now()
             report: PublishReport = await self._fleet.learners("publish", version)
         for replica, (stopped, went_on) in enumerate(report.pauses):
             self._timeline.add(f"rollout/{replica}", "paused", started + stopped, started + went_on)

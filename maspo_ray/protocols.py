@@ -104,6 +104,10 @@ class RolloutActor(Protocol):
         """
         ...
 
+    async def check(self) -> None:
+        """Returns when the engine has given a sign of life; raises where it has died."""
+        ...
+
     async def expire(self, oldest_version: int) -> None:
         """Ends the prompts of which a token was sampled by weights older than `oldest_version`, and frees what they hold."""
         ...

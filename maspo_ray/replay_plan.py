@@ -92,7 +92,8 @@ def _rows(metrics: Path) -> dict[int, dict[str, Any]]:
 
 
 def _saved_model(paths: RunPaths, step: int, config: RunConfig) -> Path:
-    after = {int(folder.name.removeprefix("step_")): folder for folder in paths.path.glob("checkpoints/step_*")}
+    folders = [folder for folder in paths.path.glob("checkpoints/step_*") if folder.name[5:].isdigit()]
+    after = {int(folder.name[5:]): folder for folder in folders}
     after.setdefault(config.pipeline.steps, paths.final)
     there = {number: folder for number, folder in sorted(after.items()) if any(folder.glob("*.safetensors"))}
     if step in there:

@@ -10,7 +10,7 @@ from typing import Any
 
 from maspo_ray.experience import Experience
 from maspo_ray.fleet import Fleet, named, within
-from maspo_ray.run_folder import RunPaths
+from maspo_ray.run_paths import RunPaths
 from maspo_ray.step_record import Share, payload_references, write_step
 
 

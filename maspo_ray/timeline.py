@@ -39,6 +39,10 @@ class Timeline:
         self._num_drawn_actors = 0
         self._num_events = 0
 
+    def now(self) -> float:
+        """Returns the time by this timeline's clock, for `add`."""
+        return self._clock()
+
     def span(self, actor: str, name: str, **details: int) -> "_Span":
         """Takes down what runs within, also where it fails.
 

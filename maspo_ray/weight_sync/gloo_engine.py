@@ -9,7 +9,7 @@ arrive while the engine still generates. vLLM imports this module in the engine'
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import Any, ClassVar, Protocol, Self, TypeVar
 
@@ -34,6 +34,19 @@ T = TypeVar("T")
 BUCKET_BYTES = 64 * 2**20
 _GRACE_S = 5.0
 """Between the deadlines of the two sides of a transfer, which are of the same length."""
+
+
+class Buffers:
+    """A buffer for each bucket, kept from one update to the next: new memory costs its first touch, which is most of a copy."""
+
+    def __init__(self) -> None:
+        self._buffers: list[torch.Tensor] = []
+
+    def of(self, buckets: Sequence[Bucket]) -> list[torch.Tensor]:
+        """Returns a tensor [num_bytes] uint8 for each bucket."""
+        if [bucket.num_bytes for bucket in buckets] != [len(buffer) for buffer in self._buffers]:
+            self._buffers = [torch.empty(bucket.num_bytes, dtype=torch.uint8) for bucket in buckets]
+        return self._buffers
 
 
 @dataclass(kw_only=True)
@@ -72,6 +85,7 @@ class GlooTrainerInitInfo(TrainerInitInfo):
     world_size: int
     timeout_s: float
     bucket_bytes: int = BUCKET_BYTES
+    buffers: Buffers = field(default_factory=Buffers)
 
 
 def join_group(address: str, port: int, rank: int, world_size: int, timeout_s: float) -> ProcessGroupGloo:
@@ -90,20 +104,7 @@ def join_group(address: str, port: int, rank: int, world_size: int, timeout_s: f
     return ProcessGroupGloo(PrefixStore("maspo_ray/weights", store), rank, world_size, options)
 
 
-class _Buffers:
-    """A buffer for each bucket, kept from one update to the next: new memory costs its first touch, which is most of a copy."""
-
-    def __init__(self) -> None:
-        self._buffers: list[torch.Tensor] = []
-
-    def of(self, buckets: Sequence[Bucket]) -> list[torch.Tensor]:
-        """Returns a tensor [num_bytes] uint8 for each bucket."""
-        if [bucket.num_bytes for bucket in buckets] != [len(buffer) for buffer in self._buffers]:
-            self._buffers = [torch.empty(bucket.num_bytes, dtype=torch.uint8) for bucket in buckets]
-        return self._buffers
-
-
-def _start_broadcast(group: ProcessGroupGloo, buffer: torch.Tensor) -> Any:
+def start_broadcast(group: ProcessGroupGloo, buffer: torch.Tensor) -> Any:
     options = BroadcastOptions()
     options.rootRank = 0
     return group.broadcast([buffer], options)  # type: ignore[attr-defined]
@@ -120,7 +121,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
     _staged: tuple[tuple[Bucket, torch.Tensor, Any], ...] = ()
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
-        self._buffers = _Buffers()
+        self._buffers = Buffers()
         config = self.parallel_config
         rank = init_info.rank_offset + config.data_parallel_index * config.world_size + config.rank
         self._bucket_bytes = init_info.bucket_bytes
@@ -140,7 +141,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         # Each bucket has a buffer of its own: the layerwise reload keeps views of it until the layer is complete.
         buckets = update_info.buckets(self._bucket_bytes)
         buffers = self._buffers.of(buckets)
-        works = [_start_broadcast(group, buffer) for buffer in buffers]
+        works = [start_broadcast(group, buffer) for buffer in buffers]
         self._staged = tuple(zip(buckets, buffers, works, strict=True))
 
     def receive_weights(self, update_info: GlooUpdateInfo) -> None:
@@ -194,7 +195,7 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
     def __init__(self, *, init_info: GlooTrainerInitInfo, client: VLLMWeightSyncClient, source: WeightSource) -> None:
         super().__init__(client=client, source=source, is_sender=init_info.is_sender)
         self._bucket_bytes = init_info.bucket_bytes
-        self._buffers = _Buffers()
+        self._buffers = init_info.buffers
         self._group: ProcessGroupGloo | None = None
 
     @classmethod
@@ -212,7 +213,7 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
                 bucket_bytes=init_info.bucket_bytes,
                 timeout_s=init_info.timeout_s,
             )
-            engine._group = _together(
+            engine._group = together(
                 lambda: client.init_weight_transfer_engine(asdict(worker_info)),
                 lambda: join_group(
                     init_info.master_address, init_info.master_port, 0, init_info.world_size, init_info.timeout_s
@@ -241,7 +242,7 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
 
     def _transfer(self, info: GlooUpdateInfo, meta: list[ParamMeta]) -> None:
         try:
-            _together(lambda: self.client.stage_weights(asdict(info)), lambda: self._broadcast(meta))
+            together(lambda: self.client.stage_weights(asdict(info)), lambda: self._broadcast(meta))
         except RuntimeError as error:
             # Gloo knows that a peer is gone, not which.
             if not isinstance(error, RunError):
@@ -256,8 +257,8 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
         buckets = cut_buckets(((m.name, m.dtype, m.shape) for m in meta), self._bucket_bytes)
         sending = []
         for bucket, buffer in zip(buckets, self._buffers.of(buckets), strict=True):
-            _fill(bucket, buffer, weights)
-            sending.append(_start_broadcast(self._group, buffer))
+            fill_bucket(bucket, buffer, weights)
+            sending.append(start_broadcast(self._group, buffer))
         # A source that gathers is a collective: run it to its end, as the other ranks do.
         assert next(weights, None) is None, "the source yields more than its metadata declares"
         for work in sending:
@@ -268,14 +269,14 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
 
 
 @torch.no_grad()
-def _fill(bucket: Bucket, buffer: torch.Tensor, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+def fill_bucket(bucket: Bucket, buffer: torch.Tensor, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
     for name, view in bucket.views(buffer):
         given, weight = next(weights)
         assert given == name, f"the source yields {given} where its metadata declares {name}"
         view.copy_(weight)
 
 
-def _together(remote: Callable[[], Any], local: Callable[[], T]) -> T:
+def together(remote: Callable[[], Any], local: Callable[[], T]) -> T:
     """Returns what `local` does while `remote` runs on a thread; neither side of a collective may wait for the other.
 
     Where both fail it is `remote` that can say which actor is at fault.

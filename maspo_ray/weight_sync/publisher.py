@@ -87,12 +87,12 @@ class RolloutClient:
         self.paused = (self.paused[0], perf_counter())
 
     def check(self) -> None:
-        """Asks every rollout actor for a sign of life.
+        """Asks every engine for a sign of life.
 
         Raises:
             RunError: one does not give it, and is named.
         """
-        self._wait([handle.expire.remote(0) for handle in self._handles], "receiving weights")
+        self._wait([handle.check.remote() for handle in self._handles], "receiving weights")
 
     def _wait(self, calls: list[Any], doing: str) -> None:
         done, late = ray.wait(calls, num_returns=len(calls), timeout=self._timeout_s)
@@ -131,13 +131,11 @@ class WeightPublisher:
         timeout_s: float,
     ) -> None:
         self._clients = list(clients)
+        sizes = [1 + client.num_workers for client in clients]
+        infos = _trainer_init_infos(backend, rank, master_address, sizes, timeout_s)
         self._engines: list[TrainerWeightTransferEngine] = [
-            WeightTransferTrainerFactory.trainer_init(
-                _trainer_init_info(backend, rank, master_address, 1 + client.num_workers, timeout_s),
-                client=client,
-                source=source,
-            )
-            for client in clients
+            WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
+            for info, client in zip(infos, clients, strict=True)
         ]
 
     def publish(self, version: int) -> PublishReport:
@@ -169,16 +167,29 @@ def clients_of(
     ]
 
 
-def _trainer_init_info(
-    backend: str, rank: int, master_address: str, world_size: int, timeout_s: float
-) -> TrainerInitInfo:
-    port = free_port()
+def _trainer_init_infos(
+    backend: str, rank: int, master_address: str, world_sizes: Sequence[int], timeout_s: float
+) -> list[TrainerInitInfo]:
+    """Returns what opens this rank's end of transfer groups of such sizes."""
     if backend == "nccl":
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-        return NCCLTrainerInitInfo(master_address=master_address, master_port=port, world_size=world_size, rank=rank)
-    from maspo_ray.weight_sync.gloo_engine import GlooTrainerInitInfo
+        return [
+            NCCLTrainerInitInfo(master_address=master_address, master_port=free_port(), world_size=size, rank=rank)
+            for size in world_sizes
+        ]
+    from maspo_ray.weight_sync.gloo_engine import Buffers, GlooTrainerInitInfo
 
-    return GlooTrainerInitInfo(
-        master_address=master_address, master_port=port, world_size=world_size, timeout_s=timeout_s, rank=rank
-    )
+    # They send one after the other.
+    buffers = Buffers()
+    return [
+        GlooTrainerInitInfo(
+            master_address=master_address,
+            master_port=free_port(),
+            world_size=size,
+            timeout_s=timeout_s,
+            rank=rank,
+            buffers=buffers,
+        )
+        for size in world_sizes
+    ]

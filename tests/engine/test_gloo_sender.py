@@ -12,8 +12,8 @@ from maspo_ray.weight_sync.gloo_engine import (
     GlooTrainerInitInfo,
     GlooTrainerWeightTransferEngine,
     GlooUpdateInfo,
-    _start_broadcast,
     join_group,
+    start_broadcast,
 )
 
 pytestmark = pytest.mark.engine
@@ -51,7 +51,7 @@ class _Client:
     def stage_weights(self, update_info: dict[str, Any]) -> None:
         buckets = GlooUpdateInfo(**update_info).buckets(BUCKET_BYTES)
         buffers = [torch.empty(bucket.num_bytes, dtype=torch.uint8) for bucket in buckets]
-        self._staged = [(*pair, _start_broadcast(self._group, pair[1])) for pair in zip(buckets, buffers, strict=True)]
+        self._staged = [(*pair, start_broadcast(self._group, pair[1])) for pair in zip(buckets, buffers, strict=True)]
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         for bucket, buffer, work in self._staged:
