@@ -31,7 +31,7 @@ from maspo_ray.errors import RunError
 from maspo_ray.weight_sync.buckets import Bucket, cut_buckets
 
 T = TypeVar("T")
-BUCKET_BYTES = 64 * 2**20
+BUCKET_BYTES = 16 * 2**20
 _GRACE_S = 5.0
 """Between the deadlines of the two sides of a transfer, which are of the same length."""
 
