@@ -3,12 +3,15 @@
     python -m bench.overlap
 
 Runs `maspo train` on SmolLM2 (`make smollm2` makes the model), each engine with one thread, completions of given lengths, with
-`max_staleness` 0 and with more, in turn; and reads what the runs wrote down. With 0 each phase has the machine to itself, so that
-such a run also says what generation and learning take alone.
+`max_staleness` 0 and with more, in turn; and reads what the runs wrote down. No group is filtered, and none may be too old: the work is
+the same. With 0 each phase has the machine to itself, so that such a run also says what generation and learning take alone.
 
 step_over_bound           a step of the asynchronous run / the longer of generation alone and learning alone (with its publish)
 speedup_over_synchronous  a step with max_staleness 0 / a step of the asynchronous run; both phases about as long
 long_tail_speedup         the same where one completion in 50 is 20 times as long as the others
+cores_together            how fast each of two processes multiplies matrices at once / one alone: below 1 where cores share what they
+                          compute with, as a virtual machine's do
+step_over_shared_bound    step_over_bound · cores_together: what is left of it beyond what the machine's cores take from each other
 repeats_exactly           whether the runs with max_staleness 0 had the same losses and gradient norms, to the last bit
 
 Each repeat runs all four; the least and the most stand beside the median.
@@ -53,6 +56,7 @@ class FixedLengths(VLLMRollout):
 class Scenario:
     """Lengths in tokens; how many requests the engine works on at once, by which its speed is set."""
 
+    groups_per_step: int
     tokens: int
     tail_tokens: int
     concurrent_requests: int
@@ -60,8 +64,8 @@ class Scenario:
 
 
 SCENARIOS = {
-    "balanced": Scenario(24, 24, 5, 2),
-    "long tails": Scenario(8, 8 * TIMES_LONGER, 64, 4),
+    "balanced": Scenario(2, 16, 16, 5, 2),
+    "long tails": Scenario(4, 8, 8 * TIMES_LONGER, 64, 4),
 }
 
 
@@ -86,6 +90,7 @@ def run(config: str, scenario: Scenario, max_staleness: int, steps: int, folder:
     overrides = {
         "run_dir": folder,
         "pipeline.steps": steps,
+        "pipeline.groups_per_step": scenario.groups_per_step,
         "pipeline.max_staleness": max_staleness,
         "pipeline.parity_every": 0,
         "pipeline.filter_zero_variance": "false",
@@ -121,10 +126,30 @@ def times_of(rows: list[dict[str, float]], max_staleness: int) -> Times:
     )
 
 
+MULTIPLY = """
+import time, torch
+torch.set_num_threads(1)
+a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+a @ b
+started, count = time.perf_counter(), 0
+while time.perf_counter() < started + 6:
+    a @ b
+    count += 1
+print(count)
+"""
+
+
+def multiplications(processes: int) -> float:
+    """Returns how many matrix products each of so many processes made in the same seconds, in the mean."""
+    command = [sys.executable, "-c", MULTIPLY]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(processes)]
+    return statistics.mean(int(process.communicate()[0]) for process in running)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="examples/smollm2/run.yaml")
-    parser.add_argument("--steps", type=int, default=8, help="of each run, besides those in which the pipeline fills")
+    parser.add_argument("--steps", type=int, default=8, help="of each run, besides those at its ends")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
     options = parser.parse_args()
@@ -138,6 +163,10 @@ def main() -> None:
                 for bound in (0, scenario.max_staleness):
                     folder = Path(scratch) / f"{name}-{bound}-{repeat}".replace(" ", "-")
                     rows = run(options.config, scenario, bound, options.steps + 1 + 2 * bound, folder)
+                    too_old = sum(row["groups/stale"] for row in rows)
+                    assert not too_old, (
+                        f"{too_old:.0f} groups were dropped for their age: raise the scenario's max_staleness"
+                    )
                     found[bound] = times_of(rows, bound)
                     if bound == 0:
                         seen.setdefault(name, []).append([(row["loss"], row["learner/grad_norm"]) for row in rows])
@@ -150,6 +179,9 @@ def main() -> None:
                     flush=True,
                 )
                 if name == "balanced":
+                    cores = multiplications(2) / multiplications(1)
+                    ratios.setdefault("cores_together", []).append(cores)
+                    ratios.setdefault("step_over_shared_bound", []).append(cores * together.step / longer)
                     ratios.setdefault("step_over_bound", []).append(together.step / longer)
                     ratios.setdefault("speedup_over_synchronous", []).append(alone.step / together.step)
                 else:
