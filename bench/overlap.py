@@ -9,9 +9,6 @@ the same. With 0 each phase has the machine to itself, so that such a run also s
 step_over_bound           a step of the asynchronous run / the longer of generation alone and learning alone (with its publish)
 speedup_over_synchronous  a step with max_staleness 0 / a step of the asynchronous run; both phases about as long
 long_tail_speedup         the same where one completion in 50 is 20 times as long as the others
-cores_together            how fast each of two processes multiplies matrices at once / one alone: below 1 where cores share what they
-                          compute with, as a virtual machine's do
-step_over_shared_bound    step_over_bound · cores_together: what is left of it beyond what the machine's cores take from each other
 repeats_exactly           whether the runs with max_staleness 0 had the same losses and gradient norms, to the last bit
 
 Each repeat runs all four; the least and the most stand beside the median.
@@ -126,26 +123,6 @@ def times_of(rows: list[dict[str, float]], max_staleness: int) -> Times:
     )
 
 
-MULTIPLY = """
-import time, torch
-torch.set_num_threads(1)
-a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
-a @ b
-started, count = time.perf_counter(), 0
-while time.perf_counter() < started + 6:
-    a @ b
-    count += 1
-print(count)
-"""
-
-
-def multiplications(processes: int) -> float:
-    """Returns how many matrix products each of so many processes made in the same seconds, in the mean."""
-    command = [sys.executable, "-c", MULTIPLY]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(processes)]
-    return statistics.mean(int(process.communicate()[0]) for process in running)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="examples/smollm2/run.yaml")
@@ -179,9 +156,6 @@ def main() -> None:
                     flush=True,
                 )
                 if name == "balanced":
-                    cores = multiplications(2) / multiplications(1)
-                    ratios.setdefault("cores_together", []).append(cores)
-                    ratios.setdefault("step_over_shared_bound", []).append(cores * together.step / longer)
                     ratios.setdefault("step_over_bound", []).append(together.step / longer)
                     ratios.setdefault("speedup_over_synchronous", []).append(alone.step / together.step)
                 else:
