@@ -145,6 +145,7 @@ class Group:
         submitted_version: the learner's version when the group was admitted.
         rollouts: in the order of their samples, whichever ended first.
         seeds: of the rollouts' sampling, in the same order; none where they are not known.
+        min_version: the oldest that sampled one of its tokens; max_version, the newest.
     """
 
     group_id: int
@@ -154,14 +155,13 @@ class Group:
     submitted_version: int
     rollouts: tuple[Rollout, ...]
     seeds: tuple[int, ...] = ()
+    min_version: int = field(init=False)
+    max_version: int = field(init=False)
 
-    @property
-    def min_version(self) -> int:
-        return min(rollout.facts.min_version for rollout in self.rollouts)
-
-    @property
-    def max_version(self) -> int:
-        return max(rollout.facts.max_version for rollout in self.rollouts)
+    def __post_init__(self) -> None:
+        facts = [rollout.facts for rollout in self.rollouts]
+        object.__setattr__(self, "min_version", min([fact.min_version for fact in facts]))
+        object.__setattr__(self, "max_version", max([fact.max_version for fact in facts]))
 
     @property
     def payloads(self) -> list[Any]:

@@ -77,7 +77,7 @@ def test_short_spans_and_those_beyond_the_limit_are_counted_and_not_drawn(monkey
     assert line.totals()["reward"]["score"] == pytest.approx(3.001)
 
 
-@pytest.mark.parametrize("count", [0, 1, 3])
+@pytest.mark.parametrize("count", [0, 1, 3, 64, 129])
 def test_trace_file_is_one_json_array(tmp_path: Path, count: int) -> None:
     writer = TraceWriter(tmp_path / "timeline.json")
     for i in range(count):
