@@ -62,7 +62,7 @@ class Scenario:
 
 SCENARIOS = {
     "balanced": Scenario(2, 16, 16, 5, 2),
-    "long tails": Scenario(4, 8, 8 * TIMES_LONGER, 16, 4),
+    "long tails": Scenario(4, 8, 8 * TIMES_LONGER, 16, 8),
 }
 
 
