@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: setup quickstart smollm2 test check format lock clean
+.PHONY: setup quickstart smollm2 test test-slow check format lock clean
 
 setup: $(VENV)/installed
 
@@ -30,6 +30,10 @@ smollm2: setup
 
 test: setup check
 	$(BIN)/python -m pytest $(ARGS)
+
+# What `make test` leaves out, so that it stays within minutes.
+test-slow: setup
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .

@@ -162,7 +162,9 @@ def test_train_runs_all_four_actors_and_leaves_a_whole_run_folder(trained: tuple
     assert "Run finished: 4 steps" in out
 
 
-@pytest.mark.parametrize(("step", "begins"), [(2, None), (4, "run/checkpoints/step_000002/state")])
+@pytest.mark.parametrize(
+    ("step", "begins"), [pytest.param(2, None, marks=pytest.mark.slow), (4, "run/checkpoints/step_000002/state")]
+)
 def test_replay_of_a_step_comes_to_the_same_model_bit_for_bit(
     trained: tuple[Path, str], tiny_model: str, step: int, begins: str | None
 ) -> None:
@@ -183,6 +185,25 @@ def test_replay_of_a_step_comes_to_the_same_model_bit_for_bit(
         assert line == f"step {row['step']}: loss {loss} (in the run {loss}), gradient norm {norm} (in the run {norm})"
     assert run.left() == []
     assert not list((config.parent / "run").glob(".replay-*"))
+
+
+@pytest.mark.slow
+def test_train_without_staleness_repeats_to_the_last_bit(tiny_model: str, tmp_path: Path) -> None:
+    runs = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        pipeline = {"max_staleness": 0, "filter_zero_variance": True}
+        run = _Run(_config(tmp_path / name, tiny_model, pipeline=pipeline, eval={"every": 0}))
+        code, _, err = run.finish(timeout_s=250)
+        assert code == 0, err
+        runs.append(_rows(tmp_path / name / "run" / "metrics.jsonl"))
+    # What depends on when something was looked at, and not on what was computed.
+    timed = ("time/", "object_store/", "groups/running", "tokens/generated")
+    for first, second in zip(*runs, strict=True):
+        assert {k: v for k, v in first.items() if not k.startswith(timed)} == {
+            k: v for k, v in second.items() if not k.startswith(timed)
+        }
+        assert first["staleness/max"] == 0
 
 
 def test_train_of_adapters_interrupted_stops_within_15_s_and_says_what_was_saved(
@@ -228,6 +249,7 @@ def test_train_reward_that_raises_stops_the_run_with_the_first_cause(tiny_model:
     assert run.left() == []
 
 
+@pytest.mark.slow
 def test_train_ends_the_groups_of_an_update_that_was_left_out_as_failed_and_goes_on(
     tiny_model: str, tmp_path: Path
 ) -> None:

@@ -15,7 +15,7 @@ from maspo_ray.weight_sync.gloo_engine import GlooUpdateInfo, join_group, start_
 from maspo_ray.weight_sync.publisher import WeightPublisher, clients_of
 
 pytestmark = [pytest.mark.engine, pytest.mark.ray]
-TIMEOUT_S = 3.0
+TIMEOUT_S = 1.5
 
 
 class _Call:
@@ -94,14 +94,14 @@ def test_publish_with_an_engine_that_does_not_begin_to_receive_names_it_in_time(
     engines = [_Engine("first", []), _Engine("second", [], silent_in="stage_weights")]
     publisher = _publisher(model, engines, "rolling")
     started = time.monotonic()
-    with pytest.raises(RunError, match=r"^rollout/1 did not answer within 3 s while beginning to receive weights"):
+    with pytest.raises(RunError, match=r"^rollout/1 did not answer within 1.5 s while beginning to receive weights"):
         publisher.publish(0)
     assert time.monotonic() - started < 4 * TIMEOUT_S
 
 
 def test_publish_with_an_engine_that_does_not_pause_names_it(model: torch.nn.Module) -> None:
     publisher = _publisher(model, [_Engine("first", [], silent_in="start_weight_update")], "together")
-    with pytest.raises(RunError, match=r"^rollout/0 did not answer within 3 s while pausing. See its log, or raise"):
+    with pytest.raises(RunError, match=r"^rollout/0 did not answer within 1.5 s while pausing. See its log, or raise"):
         publisher.publish(0)
 
 
