@@ -18,7 +18,8 @@ Memory is what tracemalloc counts, in a run of its own since counting slows it: 
 (`sys.getallocatedblocks`) have no size. It is taken after each weight update, at a full garbage collection, so that as many groups are in
 flight each time, from when the first of them have left to when the last are admitted. The slope is by least squares, with its standard error.
 
-Ray's client is in none of this; what it takes of the same process is measured beside it, with a real local Ray.
+Ray's client is in none of this; what it takes of the same process is measured beside it, with a real local Ray. Nor is the record of each
+step (`logging.steps`), whose references go to an actor of Ray's.
 """
 
 import asyncio
