@@ -21,7 +21,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from time import perf_counter
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import ray
@@ -39,6 +39,7 @@ from maspo_ray.weight_sync import free_port
 from maspo_ray.weight_sync.buckets import cut_buckets
 from maspo_ray.weight_sync.gloo_engine import (
     BUCKET_BYTES,
+    Buffers,
     GlooTrainerInitInfo,
     GlooTrainerWeightTransferEngine,
     GlooUpdateInfo,
@@ -52,9 +53,15 @@ from maspo_ray.weight_sync.publisher import RolloutClient
 
 REQUESTS, PROMPT_TOKENS, NEW_TOKENS = 16, 40, 400
 TIMEOUT_S = 120.0
+FIRST_BUCKET_BYTES = 64 * 2**20
 
 
 class ProbedWorker(GlooWorkerExtension):
+    _kept: ClassVar = {False: (BUCKET_BYTES, Buffers()), True: (FIRST_BUCKET_BYTES, Buffers())}
+
+    def as_first_version(self, first: bool) -> None:
+        self.weight_transfer_engine._bucket_bytes, self.weight_transfer_engine._buffers = self._kept[first]
+
     def wait_until_received(self) -> None:
         for _, _, work in self.weight_transfer_engine._staged:
             work.wait()
@@ -72,7 +79,7 @@ class ProbedRollout(VLLMRollout):
         super().__init__(**arguments)
         self._tokens_at: list[float] = []
         self._paused_at = self._resumed_at = 0.0
-        self._recomputes = False
+        self._first = False
 
     async def probe(self, token_ids: Any) -> None:
         """Runs a request that gives its tokens as they come, until it ends."""
@@ -88,8 +95,9 @@ class ProbedRollout(VLLMRollout):
         async for _ in self._engine.generate(TokensPrompt(prompt_token_ids=token_ids), parameters, request_id):
             self._tokens_at.append(perf_counter())
 
-    def as_first_version(self, recomputes: bool) -> None:
-        self._recomputes = recomputes
+    async def as_first_version(self, first: bool) -> None:
+        self._first = first
+        await self._engine.collective_rpc("as_first_version", args=(first,))
 
     async def start_weight_update(self) -> None:
         self._paused_at = perf_counter()
@@ -99,7 +107,7 @@ class ProbedRollout(VLLMRollout):
         await self._engine.collective_rpc("wait_until_received")
 
     async def finish_weight_update(self, weight_version: int) -> None:
-        if self._recomputes:
+        if self._first:
             await self._engine.reset_prefix_cache(reset_running_requests=True)
         await super().finish_weight_update(weight_version)
         self._resumed_at = perf_counter()
@@ -150,7 +158,7 @@ class ProbedSender(GlooTrainerWeightTransferEngine):
         assert self._group is not None and self.source is not None
         weights = iter(self.source)
         sending: Any = None
-        for bucket in cut_buckets(((m.name, m.dtype, m.shape) for m in meta), self._bucket_bytes):
+        for bucket in cut_buckets(((m.name, m.dtype, m.shape) for m in meta), FIRST_BUCKET_BYTES):
             buffer = torch.empty(bucket.num_bytes, dtype=torch.uint8)
             fill_bucket(bucket, buffer, weights)
             if sending is not None:
@@ -253,12 +261,12 @@ def measure(model_path: str, dtype: Any, repeats: int) -> dict[str, Any]:
 
     def send(as_first_version: bool) -> None:
         client.version += 1
+        ray.get(engine.as_first_version.remote(as_first_version))
         sender.as_first_version = as_first_version
         sender.send_weights()
 
     def stall(as_first_version: bool) -> float:
         """Returns the stall of an update while requests run."""
-        ray.get(engine.as_first_version.remote(as_first_version))
         prompt = Prompt("bench", "", np.arange(10, 10 + PROMPT_TOKENS, dtype=np.int32), "")
         running = engine.generate.options(num_returns="streaming").remote(
             prompt, temperature=1.0, max_new_tokens=NEW_TOKENS // 2, seeds=[None] * REQUESTS

@@ -38,19 +38,18 @@ class Bucket:
 
 
 def cut_buckets(parameters: Iterable[tuple[str, torch.dtype, Sequence[int]]], bucket_bytes: int) -> list[Bucket]:
-    """Returns buckets of at most `bucket_bytes`, padding counted, in the order given; a larger parameter has one to itself."""
+    """Returns buckets of at most `bucket_bytes`, in the order given; a larger parameter has one to itself, of just its bytes."""
     buckets: list[Bucket] = []
     entries: list[Entry] = []
     end = 0
     for name, dtype, shape in parameters:
-        entry = Entry(name, dtype, tuple(shape), end)
-        padded_bytes = -(-entry.num_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-        if entries and end + padded_bytes > bucket_bytes:
+        start = -(-end // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        entry = Entry(name, dtype, tuple(shape), start)
+        if entries and start + entry.num_bytes > bucket_bytes:
             buckets.append(Bucket(tuple(entries), end))
-            entries, end = [], 0
-            entry = Entry(name, dtype, tuple(shape), 0)
+            entries, entry = [], Entry(name, dtype, tuple(shape), 0)
         entries.append(entry)
-        end += padded_bytes
+        end = entry.start + entry.num_bytes
     if entries:
         buckets.append(Bucket(tuple(entries), end))
     return buckets

@@ -64,7 +64,13 @@ class _Client:
 
 def test_sender_packs_and_sends_before_the_engines_pause_what_the_source_has() -> None:
     events: list[str] = []
-    weights = {"a": torch.randn(3, 4), "b": torch.randn(5).bfloat16(), "c": torch.randn(20)}
+    # The first two share a bucket, the others have one each, of a number of bytes that is no multiple of 16, and of columns.
+    weights = {
+        "a": torch.randn(3, 4),
+        "b": torch.randn(5).bfloat16(),
+        "c": torch.randn(35).bfloat16(),
+        "d": torch.randn(6, 8).T,
+    }
     client = _Client(events)
     info = GlooTrainerInitInfo(
         master_address="127.0.0.1",

@@ -58,6 +58,32 @@ def test_spans_of_an_actor_at_once_lie_in_lanes_that_are_used_again() -> None:
     assert line.totals() == {"rollout": {"generate": 1.0 + 2.0 + 1.0}}
 
 
+def test_what_passes_between_an_actors_spans_is_its_wait_and_in_no_total() -> None:
+    line, clock, events = _timeline()
+
+    async def work(starts: float, ends: float) -> None:
+        while clock.now < starts:
+            await asyncio.sleep(0)
+        with line.span("rollout/0", "generate"):
+            while clock.now < ends:
+                await asyncio.sleep(0)
+
+    async def run() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for starts, ends in ((101.0, 103.0), (102.0, 105.0), (109.0, 110.0)):
+                tasks.create_task(work(starts, ends))
+            for second in range(100, 111):
+                clock.now = float(second)
+                for _ in range(3):
+                    await asyncio.sleep(0)
+
+    asyncio.run(run())
+    # Not before the first, nor while one of two goes on.
+    waits = [(event["ts"], event["dur"], event["tid"]) for event in events if event.get("name") == "wait"]
+    assert waits == [(5_000_000, 4_000_000, 0)]
+    assert set(line.totals()["rollout"]) == {"generate"}
+
+
 def test_span_that_fails_is_drawn_and_frees_its_lane() -> None:
     line, clock, events = _timeline()
     for _ in range(2):
@@ -111,4 +137,4 @@ def test_span_takes_the_lowest_lane_that_is_free(choices: list[int]) -> None:
             busy = {lane for _, lane in running}
             running.append((line.span("rollout/0", "generate"), min(set(range(len(busy) + 1)) - busy)))
             running[-1][0].__enter__()
-    assert [event["tid"] for event in events if event["ph"] == "X"] == expected
+    assert [event["tid"] for event in events if event.get("name") == "generate"] == expected
