@@ -108,7 +108,7 @@ def drive_plainly(engines: int, count: int) -> Driven:
             scored = []
             async for payload in stream:
                 await (await anext(stream))
-                scored.append(reward.score.remote(None, payload))
+                scored.append(reward.score.remote(None, payload).future())
             for verdict in scored:
                 await verdict
             places.release()

@@ -129,6 +129,18 @@ class Ref:
         return self.value
 
 
+class Call:
+    """Stands for the answer of an actor that takes its time."""
+
+    __slots__ = ("_answer",)
+
+    def __init__(self, answer: "asyncio.Future[Any]") -> None:
+        self._answer = answer
+
+    def future(self) -> "asyncio.Future[Any]":
+        return self._answer
+
+
 class _Payload:
     """Stands for the completion that a stream yields, which is made only where somebody looks at it.
 
@@ -224,7 +236,7 @@ class SimulatedFleet:
         self._random = random.Random(behaviour.seed)
         self._completion_s = _lognormal(behaviour.median_s, behaviour.sigma, behaviour.seed)
         self._score_s = _lognormal(behaviour.score_s, behaviour.sigma, behaviour.seed + 1)
-        score = SimpleNamespace(remote=lambda _, payload: loop.answer(next(self._score_s), [payload.verdict]))
+        score = SimpleNamespace(remote=lambda _, payload: Call(loop.answer(next(self._score_s), [payload.verdict])))
         self._actors: dict[str, list[Any]] = {
             "rollout": [self._engine() for _ in range(engines)],
             "reward": [SimpleNamespace(score=score) for _ in range(rewards)],

@@ -7,7 +7,8 @@ fails to set up is named with its cause; `shutdown` leaves none behind.
 import asyncio
 import os
 import sys
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -34,6 +35,10 @@ CPU_ALLOCATOR = {
 }
 """Without these glibc returns large blocks to the system after each step and faults them in again: 10-25 % of a CPU step, and a third
 of the time in which an engine loads weights."""
+
+
+class LateError(RunError):
+    """An actor did not answer by its deadline."""
 
 
 class Fleet:
@@ -178,11 +183,31 @@ class Fleet:
         }
         pipeline = self._config.pipeline
         field, seconds = "step_timeout_s", pipeline.step_timeout_s
-        if method in ("connect", "publish"):
+        transfers = method in ("connect", "publish")
+        if transfers:
             # A transfer's own deadlines come first and name the rollout actor.
-            transfers = len(self.of_role("rollout")) if self._config.rollout.update == "rolling" else 1
-            field, seconds = "weight_sync_timeout_s", _TRANSFER_CALLS * transfers * pipeline.weight_sync_timeout_s
-        return (await all_within(seconds, f"in {method}; its deadline follows from pipeline.{field}", calls))[0]
+            clients = len(self.of_role("rollout")) if self._config.rollout.update == "rolling" else 1
+            field, seconds = "weight_sync_timeout_s", _TRANSFER_CALLS * clients * pipeline.weight_sync_timeout_s
+        try:
+            return (await all_within(seconds, f"in {method}; its deadline follows from pipeline.{field}", calls))[0]
+        except LateError:
+            if transfers:
+                # A broadcast over NCCL cannot be given up: the learner hangs in it, because of another.
+                await self._check_rollouts()
+            raise
+
+    async def _check_rollouts(self) -> None:
+        """Asks every engine for a sign of life.
+
+        Raises:
+            RunError: one did not give it, and is named.
+        """
+        calls = {
+            f"rollout/{i}": named(f"rollout/{i} failed in a weight transfer", handle.check.remote())
+            for i, handle in enumerate(self.of_role("rollout"))
+        }
+        seconds = self._config.pipeline.weight_sync_timeout_s
+        await all_within(seconds, "in a weight transfer; its deadline is pipeline.weight_sync_timeout_s", calls)
 
     async def shutdown(self) -> None:
         """Lets every actor that can end itself do so, within a deadline, then ends all."""
@@ -197,7 +222,7 @@ async def all_within(seconds: float, where: str, calls: Mapping[str, Coroutine[A
     """Returns what the calls return, by name, in their order; ends the others when one fails.
 
     Raises:
-        RunError: some did not return in time; they are named.
+        LateError: some did not return in time; they are named.
     """
     tasks = {name: asyncio.ensure_future(call) for name, call in calls.items()}
     try:
@@ -206,7 +231,7 @@ async def all_within(seconds: float, where: str, calls: Mapping[str, Coroutine[A
             task.result()
         if late:
             names = ", ".join(name for name, task in tasks.items() if task in late)
-            raise RunError(f"{names} did not answer within {seconds:g} s {where}. See its log, or raise that.")
+            raise LateError(f"{names} did not answer within {seconds:g} s {where}. See its log, or raise that.")
         return [task.result() for task in tasks.values()]
     finally:
         for task in tasks.values():
@@ -226,13 +251,20 @@ async def within(seconds: float, missed: str, call: Awaitable[Any]) -> Any:
 
 
 async def named(what: str, call: Awaitable[Any]) -> Any:
-    """Returns what a remote call returns.
+    """Returns what a remote call returns; see `naming`."""
+    with naming(what):
+        return await call
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Says which actor's calls are awaited within.
 
     Raises:
         RunError: `what`, with the cause that the actor gave.
     """
     try:
-        return await call
+        yield
     except RayTaskError as error:
         cause = error.cause
         if isinstance(cause, RunError):

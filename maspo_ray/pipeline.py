@@ -127,8 +127,9 @@ class Pipeline:
 
     def _expire(self, tasks: asyncio.TaskGroup) -> None:
         """Lets the engines cancel what can no longer be trained on, while the learner goes on."""
-        if self._intake.running:
-            tasks.create_task(self._pool.expire(self._intake.oldest_trainable_version))
+        oldest = self._intake.oldest_trainable_version
+        if self._intake.running and oldest > 0:
+            tasks.create_task(self._pool.expire(oldest))
 
     async def _learn(self, batch: list[Experience], step: int, metrics: StepMetrics) -> dict[str, float]:
         """Trains on a batch and publishes the new weights as version `step`; returns the learner's metrics."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from maspo_ray.errors import RunError
 from maspo_ray.experience import CompletionFacts, Outcome, Rollout, Verdict
-from maspo_ray.fleet import named
+from maspo_ray.fleet import named, naming
 from maspo_ray.idle import IdleMeter
 from maspo_ray.timeline import Timeline
 
@@ -58,10 +58,6 @@ class ErrorWatch:
             )
 
 
-class _Expired(Exception):
-    """The engine has ended a group for its age."""
-
-
 class RolloutPool:
     """Sends prompts to rollout actors and completions to reward actors."""
 
@@ -93,30 +89,33 @@ class RolloutPool:
             .generate.options(num_returns="streaming")
             .remote(prompt, temperature=temperature, max_new_tokens=max_new_tokens, seeds=list(seeds))
         )
-        self.idle.started(engine, monotonic())
-        expired = False
+        scoring: list[tuple[Any, Sequence[CompletionFacts], asyncio.Future[list[Verdict]]]] = []
         try:
-            async with asyncio.TaskGroup() as scoring:
-                rollouts: list[Rollout] = []
-                with self._timeline.span(f"rollout/{engine}", "generate", samples=len(seeds)):
+            self.idle.started(engine, monotonic())
+            try:
+                with naming(failure), self._timeline.span(f"rollout/{engine}", "generate", samples=len(seeds)):
                     async for payload in stream:
-                        facts = await named(failure, self._facts(payload, stream))
+                        facts = await self._facts(payload, stream)
                         if not facts:
-                            self.idle.finished(engine, monotonic())
-                            # Ends what is being scored, too.
-                            raise _Expired
+                            return None
                         self._outstanding_tokens[engine] -= cost * len(facts)
                         outstanding -= cost * len(facts)
                         for fact in facts:
                             self.tokens_generated += fact.num_tokens
-                        scoring.create_task(self._score(prompt, payload, facts, rollouts))
+                        scoring.append((payload, facts, self._score(prompt, payload, len(facts))))
+            finally:
                 self.idle.finished(engine, monotonic())
-        except* _Expired:
-            expired = True
+            rollouts: list[Rollout] = []
+            with naming("the reward failed"):
+                for payload, facts, call in scoring:
+                    verdicts = await call
+                    for verdict in verdicts:
+                        self._errors.add(verdict)
+                    rollouts += [Rollout(payload, i, *pair) for i, pair in enumerate(zip(facts, verdicts, strict=True))]
         finally:
             self._outstanding_tokens[engine] -= outstanding
-        if expired:
-            return None
+            for *_, call in scoring:
+                call.cancel()
         rollouts.sort(key=lambda rollout: rollout.facts.sample)
         if len(rollouts) != len(seeds):
             raise RunError(f"{failure}: {len(rollouts)} of {len(seeds)} completions came. See its log.")
@@ -141,13 +140,11 @@ class RolloutPool:
         facts: list[CompletionFacts] = await following
         return facts
 
-    async def _score(
-        self, prompt: Any, payload: Any, facts: Sequence[CompletionFacts], rollouts: list[Rollout]
-    ) -> None:
-        """Adds a payload's completions with their verdicts to a group's rollouts."""
+    def _score(self, prompt: Any, payload: Any, count: int) -> "asyncio.Future[list[Verdict]]":
+        """Has a payload's completions scored, without a task to wait for each: a controller has very many of them."""
         replica, reward = next(self._reward)
-        with self._timeline.span(f"reward/{replica}", "score", completions=len(facts)):
-            verdicts: list[Verdict] = await named("the reward failed", reward.score.remote(prompt, payload))
-        for verdict in verdicts:
-            self._errors.add(verdict)
-        rollouts += [Rollout(payload, i, *pair) for i, pair in enumerate(zip(facts, verdicts, strict=True))]
+        span = self._timeline.span(f"reward/{replica}", "score", completions=count)
+        span.begin()
+        call = asyncio.wrap_future(reward.score.remote(prompt, payload).future())
+        call.add_done_callback(span.end)
+        return call

@@ -12,7 +12,7 @@ from maspo_ray.config import RunConfig
 from maspo_ray.metrics import JsonlSink, JsonlWriter, MetricSink, TensorBoardSink
 from maspo_ray.run_paths import RunPaths
 from maspo_ray.summary import RunSummary
-from maspo_ray.timeline import Event, TraceWriter
+from maspo_ray.timeline import TraceWriter
 
 
 class RunFolder(RunPaths):
@@ -37,7 +37,7 @@ class RunFolder(RunPaths):
     def write_ledger(self, row: Mapping[str, object]) -> None:
         self._ledger.write(row)
 
-    def write_trace(self, event: Event) -> None:
+    def write_trace(self, event: str) -> None:
         if self._trace is not None:
             self._trace.write(event)
 

@@ -4,7 +4,8 @@ Promise: a completion's seed follows from the run's seed, its prompt, how often 
 alone.
 """
 
-from hashlib import blake2b
+from hashlib import shake_128
+from struct import iter_unpack
 
 
 def sampling_seeds(run_seed: int, prompt_id: str, times_drawn: int, count: int) -> list[int]:
@@ -13,7 +14,5 @@ def sampling_seeds(run_seed: int, prompt_id: str, times_drawn: int, count: int) 
     Args:
         times_drawn: how often the prompt was drawn before, so that a prompt that comes again does not repeat its samples.
     """
-    return [
-        int.from_bytes(blake2b(f"{run_seed}/{times_drawn}/{i}/{prompt_id}".encode(), digest_size=8).digest()) >> 1
-        for i in range(count)
-    ]
+    key = f"{run_seed}/{times_drawn}/{prompt_id}".encode()
+    return [int.from_bytes(part) >> 1 for (part,) in iter_unpack("8s", shake_128(key).digest(8 * count))]

@@ -338,6 +338,13 @@ def _bfloat16_expected(model_path: str, plans: Sequence[Any]) -> list[torch.Tens
 def test_bfloat16_gradients_are_added_up_in_float32_and_weights_kept_so(
     tiny_model: str, own_ray: None, tmp_path: Path, zero_stage: Any
 ) -> None:
+    def held_weights(learner: Any) -> dict[str, torch.Tensor]:
+        """Returns what the weights' source gave, as it is when the source has ended: the Gloo sender sends it from where it lies."""
+        from actors.weight_source import EngineWeightSource
+
+        given = list(EngineWeightSource(learner._weights))
+        return {name: weight.clone() for name, weight in given}
+
     experiences, _ = _batch(0, groups=8)
     plans = pack(experiences, 2, 24, True)
     assert len(plans[0][0][0].micro_batches) > 3
@@ -347,11 +354,14 @@ def test_bfloat16_gradients_are_added_up_in_float32_and_weights_kept_so(
         for _ in range(STEPS):
             calls = [a.train_step.remote(0, own, *payloads) for a, (own, payloads) in zip(actors, plans, strict=True)]
             assert all(report.applied for [report] in ray.get(calls))
+        held = ray.get([actor.__ray_call__.remote(held_weights) for actor in actors])[0]
         ray.get([actor.save.remote(str(tmp_path)) for actor in actors])
     finally:
         for actor in actors:
             ray.kill(actor)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert len(held) == len(list(saved.parameters()))
+    assert all(torch.equal(saved.get_parameter(name), weight) for name, weight in held.items())
     pairs = list(zip(saved.parameters(), expected, strict=True))
     same = sum((a == b).sum().item() for a, b in pairs) / sum(a.numel() for a, _ in pairs)
     # Added up in bfloat16, 0.95 were the same when this was written.

@@ -132,7 +132,8 @@ def test_sample_goes_to_the_first_engine_with_the_fewest_outstanding_tokens(
     num_engines: int, actions: list[tuple[str, int]]
 ) -> None:
     samples, new_tokens = 2, 3
-    engines, reward = _Engines(num_engines), SimpleNamespace(remote=lambda *_: asyncio.sleep(0, [GOOD]))
+    verdicts = SimpleNamespace(future=lambda: asyncio.ensure_future(asyncio.sleep(0, [GOOD])))
+    engines, reward = _Engines(num_engines), SimpleNamespace(remote=lambda *_: verdicts)
     expected: list[int] = []
 
     async def run() -> None:

@@ -1,0 +1,55 @@
+"""A step's record, written by a real actor of Ray: it is there, or the run ends with the reason."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from maspo_ray.errors import RunError
+from maspo_ray.experience import Completion, CompletionFacts, Experience, Group, Prompt, Rollout, Verdict, VersionSpan
+from maspo_ray.packing import pack
+from maspo_ray.run_paths import RunPaths
+from maspo_ray.step_record import read_step
+from maspo_ray.step_recorder import StepRecorder
+
+pytestmark = [pytest.mark.engine, pytest.mark.ray]
+
+
+class _Fleet:
+    @staticmethod
+    def create_here(actor_class: type) -> Any:
+        return ray.remote(actor_class).options(num_cpus=0).remote()
+
+
+def _record(folder: Path) -> RunPaths:
+    """Has the record of a step of one group written."""
+    ids = np.arange(3, 7, dtype=np.int32)
+    completion = Completion(ids, np.zeros(4, np.float32), (VersionSpan(2, 0, 4),), "stop", "")
+    rollout = Rollout(ray.put([completion]), 0, CompletionFacts.of(completion), Verdict.from_reward(1.0))
+    group = Group(5, "rows/5", ray.put(Prompt("rows/5", "", ids, "")), 4, 2, (rollout,), (11,))
+    batch, paths = [Experience(group, (1.0,), None)], RunPaths(folder)
+
+    async def write() -> None:
+        fleet: Any = _Fleet()
+        recorder = StepRecorder(fleet, paths, timeout_s=60.0)
+        await recorder.submit(3, 2, batch, pack(batch, 1, 100, False))
+        await recorder.finish()
+
+    asyncio.run(write())
+    return paths
+
+
+def test_record_is_on_disk_when_the_recorder_has_finished(own_ray: None, tmp_path: Path) -> None:
+    record = read_step(_record(tmp_path).step_record(3))
+    assert (record.step, record.version) == (3, 2)
+
+
+def test_record_that_cannot_be_written_ends_the_run_with_the_cause(own_ray: None, tmp_path: Path) -> None:
+    (tmp_path / "steps").write_text("a file where the folder would be")
+    with pytest.raises(
+        RunError, match=r"^the record of step 3 could not be written: (NotADirectory|FileExists)Error: "
+    ):
+        _record(tmp_path)
