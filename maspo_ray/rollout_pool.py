@@ -89,7 +89,7 @@ class RolloutPool:
             .generate.options(num_returns="streaming")
             .remote(prompt, temperature=temperature, max_new_tokens=max_new_tokens, seeds=list(seeds))
         )
-        scoring: list[tuple[Any, Sequence[CompletionFacts], asyncio.Future[list[Verdict]]]] = []
+        scoring: list[tuple[Any, list[CompletionFacts], asyncio.Future[list[Verdict]]]] = []
         try:
             self.idle.started(engine, monotonic())
             try:
@@ -115,7 +115,9 @@ class RolloutPool:
         finally:
             self._outstanding_tokens[engine] -= outstanding
             for *_, call in scoring:
-                call.cancel()
+                if not call.cancel() and not call.cancelled():
+                    # An error that nobody asked for is logged by asyncio.
+                    call.exception()
         rollouts.sort(key=lambda rollout: rollout.facts.sample)
         if len(rollouts) != len(seeds):
             raise RunError(f"{failure}: {len(rollouts)} of {len(seeds)} completions came. See its log.")

@@ -242,8 +242,8 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
             dtype_names=[str(m.dtype).removeprefix("torch.") for m in meta],
             shapes=[list(m.shape) for m in meta],
         )
-        # Packed, sent and received while the engines still generate: their pause is for loading alone, at the price of a copy of
-        # the weights on their side.
+        # Sent and received while the engines still generate: their pause is for loading alone, at the price of a copy of the
+        # weights on their side.
         self._transfer(info, meta)
         self.client.start_weight_update()
         self.client.update_weights(asdict(info))
