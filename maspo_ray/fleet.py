@@ -190,17 +190,20 @@ class Fleet:
             field, seconds = "weight_sync_timeout_s", _TRANSFER_CALLS * clients * pipeline.weight_sync_timeout_s
         try:
             return (await all_within(seconds, f"in {method}; its deadline follows from pipeline.{field}", calls))[0]
-        except LateError:
+        except LateError as late:
             if transfers:
-                # A broadcast over NCCL cannot be given up: the learner hangs in it, because of another.
-                await self._check_rollouts()
+                try:
+                    await self._check_rollouts()
+                except RunError as found:
+                    # A broadcast over NCCL cannot be given up, so that the learner may hang in it because of another.
+                    raise RunError(f"{late} {found}") from None
             raise
 
     async def _check_rollouts(self) -> None:
         """Asks every engine for a sign of life.
 
         Raises:
-            RunError: one did not give it, and is named.
+            RunError: some did not give it, and are named; one that has died, by itself.
         """
         calls = {
             f"rollout/{i}": named(f"rollout/{i} failed in a weight transfer", handle.check.remote())

@@ -89,7 +89,8 @@ class RolloutPool:
             .generate.options(num_returns="streaming")
             .remote(prompt, temperature=temperature, max_new_tokens=max_new_tokens, seeds=list(seeds))
         )
-        scoring: list[tuple[Any, list[CompletionFacts], asyncio.Future[list[Verdict]]]] = []
+        rollouts: list[Rollout] = []
+        scoring: deque[tuple[Any, list[CompletionFacts], asyncio.Future[list[Verdict]]]] = deque()
         try:
             self.idle.started(engine, monotonic())
             try:
@@ -103,15 +104,12 @@ class RolloutPool:
                         for fact in facts:
                             self.tokens_generated += fact.num_tokens
                         scoring.append((payload, facts, self._score(prompt, payload, len(facts))))
+                        while scoring and scoring[0][2].done():
+                            rollouts += await self._judged(*scoring.popleft())
             finally:
                 self.idle.finished(engine, monotonic())
-            rollouts: list[Rollout] = []
-            with naming("the reward failed"):
-                for payload, facts, call in scoring:
-                    verdicts = await call
-                    for verdict in verdicts:
-                        self._errors.add(verdict)
-                    rollouts += [Rollout(payload, i, *pair) for i, pair in enumerate(zip(facts, verdicts, strict=True))]
+            while scoring:
+                rollouts += await self._judged(*scoring.popleft())
         finally:
             self._outstanding_tokens[engine] -= outstanding
             for *_, call in scoring:
@@ -150,3 +148,12 @@ class RolloutPool:
         call = asyncio.wrap_future(reward.score.remote(prompt, payload).future())
         call.add_done_callback(span.end)
         return call
+
+    async def _judged(
+        self, payload: Any, facts: Sequence[CompletionFacts], call: "asyncio.Future[list[Verdict]]"
+    ) -> list[Rollout]:
+        """Returns a payload's completions with their verdicts."""
+        verdicts = await named("the reward failed", call)
+        for verdict in verdicts:
+            self._errors.add(verdict)
+        return [Rollout(payload, i, *pair) for i, pair in enumerate(zip(facts, verdicts, strict=True))]

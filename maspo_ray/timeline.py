@@ -1,7 +1,7 @@
 """A run's timeline: what each actor was asked for and when, in the Chrome trace form, and where the time went.
 
-Promise: one event for each span, written when it ends, so that a run that was interrupted has its timeline too, and one for each
-wait of an actor between two spans. Spans are as the controller sees them, from its call to the answer; what one actor does at once lies
+Promise: one event for each span, written when it ends, so that a run that was interrupted has its timeline too, and one wherever an
+actor is idle between two spans. Spans are as the controller sees them, from its call to the answer; what one actor does at once lies
 in lanes. What takes less than 10 ms, or comes after so many events that a viewer would choke, is counted and not drawn.
 """
 
@@ -90,16 +90,16 @@ class _Track:
     Attributes:
         totals: name → seconds, of all actors of its role.
         number: in the file; None until something of it is drawn.
-        waits_since: when its last span ended, while it has none open; None otherwise, and before its first.
+        idle_since: when its last span ended, while it has none open; None otherwise, and before its first.
     """
 
-    __slots__ = ("actor", "totals", "number", "waits_since", "_num_lanes", "_free_lanes")
+    __slots__ = ("actor", "totals", "number", "idle_since", "_num_lanes", "_free_lanes")
 
     def __init__(self, actor: str, totals: defaultdict[str, float]) -> None:
         self.actor = actor
         self.totals = totals
         self.number: int | None = None
-        self.waits_since: float | None = None
+        self.idle_since: float | None = None
         self._num_lanes = 0
         self._free_lanes: list[int] = []
 
@@ -113,7 +113,7 @@ class _Track:
     def give_back_lane(self, lane: int, now: float) -> None:
         heappush(self._free_lanes, lane)
         if len(self._free_lanes) == self._num_lanes:
-            self.waits_since = now
+            self.idle_since = now
 
 
 class Span:
@@ -130,9 +130,9 @@ class Span:
     def begin(self) -> None:
         self._lane = self._track.take_lane()
         self._started = self._timeline._clock()
-        if self._track.waits_since is not None:
-            self._timeline._draw(self._track, "wait", self._lane, self._track.waits_since, self._started, {})
-            self._track.waits_since = None
+        if self._track.idle_since is not None:
+            self._timeline._draw(self._track, "idle", self._lane, self._track.idle_since, self._started, {})
+            self._track.idle_since = None
 
     def end(self, *_: object) -> None:
         ended = self._timeline._clock()

@@ -259,8 +259,8 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
             raise
 
     def _broadcast(self, meta: list[ParamMeta]) -> None:
-        """Sends bucket after bucket, packing one while those before are under way. Where the source gathers, the other ranks take
-        part."""
+        """Sends bucket after bucket, packing one, where it has several weights, while those before are under way. Where the source
+        gathers, the other ranks take part."""
         assert self.source is not None and self._group is not None
         weights = iter(self.source)
         buckets = cut_buckets(((m.name, m.dtype, m.shape) for m in meta), self._bucket_bytes)
@@ -290,9 +290,10 @@ def fill_bucket(bucket: Bucket, buffer: torch.Tensor, weights: Iterator[tuple[st
 
 def bytes_of(bucket: Bucket, weights: Iterator[tuple[str, torch.Tensor]]) -> torch.Tensor:
     """Returns the bytes of a bucket's only parameter as they lie in memory, [num_bytes] uint8; they are copied only where the weight is
-    on another device, or is not contiguous."""
-    weight = _next_weight(bucket.entries[0].name, weights)
-    return weight.detach().cpu().contiguous().flatten().view(torch.uint8)
+    on another device, of another dtype, or not contiguous."""
+    entry = bucket.entries[0]
+    weight = _next_weight(entry.name, weights).detach().to("cpu", entry.dtype)
+    return weight.contiguous().flatten().view(torch.uint8)
 
 
 def _next_weight(name: str, weights: Iterator[tuple[str, torch.Tensor]]) -> torch.Tensor:

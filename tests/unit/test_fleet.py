@@ -89,13 +89,14 @@ async def _silent() -> None:
 
 def test_publish_that_is_late_names_the_engine_that_gives_no_sign_of_life(tmp_path: Path) -> None:
     fleet = _fleet(tmp_path, 60.0, [_alive, _silent])
-    with pytest.raises(RunError, match=r"^rollout/1 did not answer within 0\.02 s in a weight transfer"):
+    named = r"^learner/0 did not answer within 0\.12 s in publish.* rollout/1 did not answer within 0\.02 s in a weight transfer"
+    with pytest.raises(RunError, match=named):
         asyncio.run(fleet.learners("publish", 3))
 
 
 def test_publish_that_is_late_while_all_engines_answer_names_the_learner(tmp_path: Path) -> None:
     fleet = _fleet(tmp_path, 60.0, [_alive, _alive])
-    with pytest.raises(RunError, match=r"^learner/0 did not answer within 0\.12 s in publish.*weight_sync_timeout_s"):
+    with pytest.raises(RunError, match=r"^learner/0 did not answer within 0\.12 s in publish; [^/]*$"):
         asyncio.run(fleet.learners("publish", 3))
 
 

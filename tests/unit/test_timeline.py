@@ -58,7 +58,7 @@ def test_spans_of_an_actor_at_once_lie_in_lanes_that_are_used_again() -> None:
     assert line.totals() == {"rollout": {"generate": 1.0 + 2.0 + 1.0}}
 
 
-def test_what_passes_between_an_actors_spans_is_its_wait_and_in_no_total() -> None:
+def test_an_actor_is_idle_between_its_spans_and_that_is_in_no_total() -> None:
     line, clock, events = _timeline()
 
     async def work(starts: float, ends: float) -> None:
@@ -79,8 +79,8 @@ def test_what_passes_between_an_actors_spans_is_its_wait_and_in_no_total() -> No
 
     asyncio.run(run())
     # Not before the first, nor while one of two goes on.
-    waits = [(event["ts"], event["dur"], event["tid"]) for event in events if event.get("name") == "wait"]
-    assert waits == [(5_000_000, 4_000_000, 0)]
+    idle = [(event["ts"], event["dur"], event["tid"]) for event in events if event.get("name") == "idle"]
+    assert idle == [(5_000_000, 4_000_000, 0)]
     assert set(line.totals()["rollout"]) == {"generate"}
 
 
