@@ -49,7 +49,8 @@ SIZES = (64, 1024)
 GROUPS_PER_STEP, MAX_STALENESS, SAMPLES, RANKS = 4096, 3, 8, 64
 IN_FLIGHT = GROUPS_PER_STEP * (MAX_STALENESS + 1)
 REPEATS, STEPS = 3, 8
-MEMORY_STEPS = 30
+# A smaller step, of which there are more looks: what is in flight moves less from one to the next.
+MEMORY_GROUPS_PER_STEP, MEMORY_STEPS, MEMORY_FIRST_LOOK = 1024, 120, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +72,18 @@ def in_virtual_time(main: Callable[[VirtualLoop], Coroutine[Any, Any, Driven]]) 
         return runner.run(main(loop))
 
 
-def drive(engines: int, steps: int, watch: Callable[[SimulatedFleet, Pipeline], None] | None = None) -> Driven:
+def drive(
+    engines: int,
+    steps: int,
+    groups_per_step: int = GROUPS_PER_STEP,
+    watch: Callable[[SimulatedFleet, Pipeline], None] | None = None,
+) -> Driven:
     """Runs the real pipeline for so many steps."""
 
     async def main(loop: VirtualLoop) -> Driven:
         fleet = SimulatedFleet(loop, engines, engines, RANKS, Behaviour())
         config = simulated_config(
-            Path(folder), steps=steps, groups_per_step=GROUPS_PER_STEP, max_staleness=MAX_STALENESS
+            Path(folder), steps=steps, groups_per_step=groups_per_step, max_staleness=MAX_STALENESS
         )
         pipeline, files = simulated_pipeline(config, fleet, make_prompts())
         if watch is not None:
@@ -130,7 +136,7 @@ def memory_slope(engines: int) -> dict[str, float]:
 
     def watch(fleet: SimulatedFleet, pipeline: Pipeline) -> None:
         def look(version: int) -> None:
-            if MAX_STALENESS < version < MEMORY_STEPS - MAX_STALENESS:
+            if MEMORY_FIRST_LOOK <= version < MEMORY_STEPS - MAX_STALENESS:
                 gc.collect()
                 counts = pipeline.group_counts
                 ended = sum(counts.values()) - counts["submitted"]
@@ -139,7 +145,7 @@ def memory_slope(engines: int) -> dict[str, float]:
         fleet.on_publish = look
 
     tracemalloc.start()
-    drive(engines, MEMORY_STEPS, watch)
+    drive(engines, MEMORY_STEPS, MEMORY_GROUPS_PER_STEP, watch)
     tracemalloc.stop()
     ended, live = np.array(looks, dtype=np.float64).T
     (slope, _), covariance = np.polyfit(ended, live, 1, cov=True)

@@ -7,8 +7,7 @@ fails to set up is named with its cause; `shutdown` leaves none behind.
 import asyncio
 import os
 import sys
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -259,22 +258,29 @@ async def named(what: str, call: Awaitable[Any]) -> Any:
         return await call
 
 
-@contextmanager
-def naming(what: str) -> Iterator[None]:
-    """Says which actor's calls are awaited within.
+class naming:  # noqa: N801, a context manager
+    """Says which actor's answers are looked at within.
 
     Raises:
         RunError: `what`, with the cause that the actor gave.
     """
-    try:
-        yield
-    except RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, RunError):
-            raise RunError(str(cause)) from None
-        raise RunError(f"{what}: {type(cause).__name__}: {cause}") from error
-    except RayActorError as error:
-        raise RunError(f"{what}: the actor died: {' '.join(str(error).split())}") from None
+
+    __slots__ = ("_what",)
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, RayTaskError):
+            cause = error.cause
+            if isinstance(cause, RunError):
+                raise RunError(str(cause)) from None
+            raise RunError(f"{self._what}: {type(cause).__name__}: {cause}") from error
+        if isinstance(error, RayActorError):
+            raise RunError(f"{self._what}: the actor died: {' '.join(str(error).split())}") from None
 
 
 def import_path() -> str:

@@ -7,12 +7,12 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_YOUNG_OBJECTS = 100_000
+_YOUNG_OBJECTS = 1_000_000
 
 
 @contextmanager
 def collecting_rarely() -> Iterator[None]:
-    """Lets the collector look only when 100,000 objects more are alive than at its last look, by default 700.
+    """Lets the collector look only when 1,000,000 objects more are alive than at its last look, by default 700.
 
     With thousands of groups in flight their tasks and coroutines are alive for minutes and in no cycle, and looking through them
     again and again is a third of what the controller does.

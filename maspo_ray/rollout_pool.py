@@ -8,7 +8,7 @@ import asyncio
 import itertools
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from time import monotonic
 from typing import Any
 
@@ -96,7 +96,13 @@ class RolloutPool:
             try:
                 with naming(failure), self._timeline.span(f"rollout/{engine}", "generate", samples=len(seeds)):
                     async for payload in stream:
-                        facts = await self._facts(payload, stream)
+                        following = await anext(stream, None)
+                        # Where nothing follows, the payload is the engine's error. It was also seen once, with Ray 2.60, that a
+                        # stream ended without its last object though its task had succeeded: then the completions themselves
+                        # say what is known of them.
+                        facts: list[CompletionFacts] = (
+                            [CompletionFacts.of(c) for c in await payload] if following is None else await following
+                        )
                         if not facts:
                             return None
                         self._outstanding_tokens[engine] -= cost * len(facts)
@@ -105,11 +111,14 @@ class RolloutPool:
                             self.tokens_generated += fact.num_tokens
                         scoring.append((payload, facts, self._score(prompt, payload, len(facts))))
                         while scoring and scoring[0][2].done():
-                            rollouts += await self._judged(*scoring.popleft())
+                            payload, facts, call = scoring.popleft()
+                            with naming("the reward failed"):
+                                rollouts += self._judged(payload, facts, call.result())
             finally:
                 self.idle.finished(engine, monotonic())
-            while scoring:
-                rollouts += await self._judged(*scoring.popleft())
+            with naming("the reward failed"):
+                for payload, facts, call in scoring:
+                    rollouts += self._judged(payload, facts, await call)
         finally:
             self._outstanding_tokens[engine] -= outstanding
             for *_, call in scoring:
@@ -127,19 +136,6 @@ class RolloutPool:
         calls = [engine.expire.remote(oldest_version) for engine in self._rollout]
         await asyncio.gather(*(named(f"rollout/{i} failed to expire", call) for i, call in enumerate(calls)))
 
-    @staticmethod
-    async def _facts(payload: Any, stream: Any) -> list[CompletionFacts]:
-        """Returns what is known of a payload's completions, which the stream's next object says.
-
-        Where there is none, the payload is the engine's error. It was also seen once, with Ray 2.60, that a stream ended without
-        its last object though its task had succeeded; then the completions themselves say it.
-        """
-        following = await anext(stream, None)
-        if following is None:
-            return [CompletionFacts.of(completion) for completion in await payload]
-        facts: list[CompletionFacts] = await following
-        return facts
-
     def _score(self, prompt: Any, payload: Any, count: int) -> "asyncio.Future[list[Verdict]]":
         """Has a payload's completions scored, without a task to wait for each: a controller has very many of them."""
         replica, reward = next(self._reward)
@@ -149,11 +145,8 @@ class RolloutPool:
         call.add_done_callback(span.end)
         return call
 
-    async def _judged(
-        self, payload: Any, facts: Sequence[CompletionFacts], call: "asyncio.Future[list[Verdict]]"
-    ) -> list[Rollout]:
-        """Returns a payload's completions with their verdicts."""
-        verdicts = await named("the reward failed", call)
-        for verdict in verdicts:
+    def _judged(self, payload: Any, facts: Sequence[CompletionFacts], verdicts: Sequence[Verdict]) -> Iterator[Rollout]:
+        """Yields a payload's completions with their verdicts."""
+        for i, (fact, verdict) in enumerate(zip(facts, verdicts, strict=True)):
             self._errors.add(verdict)
-        return [Rollout(payload, i, *pair) for i, pair in enumerate(zip(facts, verdicts, strict=True))]
+            yield Rollout(payload, i, fact, verdict)
