@@ -236,6 +236,7 @@ def test_train_of_adapters_interrupted_stops_within_15_s_and_says_what_was_saved
     assert run.left() == []
 
 
+@pytest.mark.slow
 def test_train_reward_that_raises_stops_the_run_with_the_first_cause(tiny_model: str, tmp_path: Path) -> None:
     run = _Run(_config(tmp_path, tiny_model, reward={"actor": "my_plugins:FailingReward"}))
     code, _, err = run.finish(timeout_s=250)

@@ -200,7 +200,7 @@ def _run(
         (2, 1, 40, True, 1, "behaviour", LORA),
         (2, 3, 24, True, 2, "behaviour", {"weight_decay": 0.1}),
         (2, 2, 30, True, 2, "recompute", OFFLOAD),
-        (2, 3, 30, True, 1, "behaviour", LORA | CHECKPOINTING),
+        pytest.param(2, 3, 30, True, 1, "behaviour", LORA | CHECKPOINTING, marks=pytest.mark.slow),
     ],
     ids=[
         "one",
@@ -272,7 +272,12 @@ def _broken(experience: Experience, fault: str) -> Experience:
 
 @pytest.mark.parametrize(
     ("ranks", "zero_stage", "fault"),
-    [(1, None, "behaviour"), (2, 0, "advantage"), (2, 1, "reference"), (2, 3, "advantage")],
+    [
+        (1, None, "behaviour"),
+        pytest.param(2, 0, "advantage", marks=pytest.mark.slow),
+        (2, 1, "reference"),
+        (2, 3, "advantage"),
+    ],
 )
 def test_learner_step_with_a_loss_that_is_not_finite_is_left_out_and_names_the_group(
     tiny_model: str, own_ray: None, ranks: int, zero_stage: Any, fault: str
