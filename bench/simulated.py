@@ -199,6 +199,7 @@ class _Stream:
     def expire(self, oldest_version: int) -> None:
         """Ends what waits for its next completion, if it began before a version."""
         if self._version < oldest_version and self._coming is not None and not self._coming.done():
+            self._running.discard(self)
             self._ending.clear()
             self._shown = _EXPIRED
             self._coming.set_result(_EXPIRED)
