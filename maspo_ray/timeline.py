@@ -71,7 +71,7 @@ class Timeline:
             self._write(
                 json.dumps({"ph": "M", "name": "process_name", "pid": track.number, "args": {"name": track.actor}})
             )
-        # By hand, in a tenth of the time that an encoder takes: a controller draws hundreds a second.
+        # By hand: all is numbers and names of this project, and a controller draws very many.
         text = (
             f'{{"ph":"X","name":"{name}","pid":{track.number},"tid":{lane},'
             f'"ts":{round(1e6 * (started - self._started))},"dur":{round(1e6 * (ended - started))}'

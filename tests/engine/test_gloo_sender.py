@@ -8,10 +8,12 @@ import torch
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
 from maspo_ray.weight_sync import free_port
+from maspo_ray.weight_sync.buckets import cut_buckets
 from maspo_ray.weight_sync.gloo_engine import (
     GlooTrainerInitInfo,
     GlooTrainerWeightTransferEngine,
     GlooUpdateInfo,
+    bytes_of,
     join_group,
     start_broadcast,
 )
@@ -87,3 +89,11 @@ def test_sender_packs_and_sends_before_the_engines_pause_what_the_source_has() -
         sender.send_weights()
         assert all(torch.equal(client.received[name], weight) for name, weight in weights.items())
     assert events == ["packed", "paused", "resumed"] * 2
+
+
+@pytest.mark.parametrize(("rows", "is_copied"), [(torch.randn(6, 8), False), (torch.randn(6, 8).T, True)])
+def test_bytes_of_a_weight_are_copied_only_where_they_do_not_lie_in_order(rows: torch.Tensor, is_copied: bool) -> None:
+    [bucket] = cut_buckets([("a", rows.dtype, tuple(rows.shape))], BUCKET_BYTES)
+    sent = bytes_of(bucket, iter([("a", rows)]))
+    assert torch.equal(sent.view(rows.dtype).view(rows.shape), rows)
+    assert (sent.data_ptr() != rows.data_ptr()) is is_copied
