@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,9 +65,8 @@ class Completion:
     sample: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class CompletionFacts:
-    """What the controller needs to know of a completion; never its tokens."""
+class CompletionFacts(NamedTuple):
+    """What the controller needs to know of a completion; never its tokens. A controller has very many."""
 
     num_tokens: int
     min_version: int
@@ -120,9 +119,8 @@ class Verdict:
         return cls(reward=math.nan, correct=False, outcome=outcome, cause=cause)
 
 
-@dataclass(frozen=True, slots=True)
-class Rollout:
-    """One completion with its verdict.
+class Rollout(NamedTuple):
+    """One completion with its verdict. A controller has very many.
 
     Attributes:
         payload: refers to the list of `Completion`s that this one ended together with, in the object store.

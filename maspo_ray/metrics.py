@@ -4,13 +4,15 @@ Promise: a metric has one reduction for as long as it is added to; what is undef
 a 0. Does not decide what is measured.
 """
 
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
+
+import msgspec
+import numpy as np
 
 Reduction = Literal["mean", "sum", "max", "last"]
 
@@ -89,18 +91,18 @@ def _fold(reduction: Reduction, held: float, value: float, weight: float) -> flo
     return held + value * weight
 
 
-def json_value(value: object) -> object:
-    """Returns the value as JSON can hold it: what is not a finite number becomes None, tuples become lists."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: json_value(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [json_value(item) for item in value]
-    return value
+def json_bytes(value: object) -> bytes:
+    """Returns the value as JSON: what is not a finite number becomes null, numpy's numbers are numbers, tuples and dataclasses fine."""
+    return _ENCODER.encode(value)
 
 
-_encode = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode
+def _plain(value: object) -> object:
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} has no form in JSON")
+
+
+_ENCODER = msgspec.json.Encoder(enc_hook=_plain)
 
 
 class JsonlWriter:
@@ -108,11 +110,10 @@ class JsonlWriter:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
 
     def write(self, row: Mapping[str, object]) -> None:
-        self._file.write(_encode(json_value(row)) + "\n")
-        self._file.flush()
+        self._file.write(json_bytes(row) + b"\n")
 
     def close(self) -> None:
         self._file.close()

@@ -8,10 +8,10 @@ alone. A prompt's forward and backward pass are then paid once for all of them. 
 completion to a bundle.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heapreplace
-from typing import Any
+from typing import Any, NamedTuple
 
 from maspo_ray.experience import Experience
 
@@ -19,9 +19,8 @@ _TOKENS_WORTH_OF_PAIRS = 12_288
 """A token costs a transformer's linear layers what so many query-key pairs cost its attention: 6 × hidden size, here of 2048."""
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One rollout to train on.
+class Item(NamedTuple):
+    """One rollout to train on. A step has very many.
 
     Attributes:
         completion: position of a list of completions in the rank's payloads, and its own in the list.
@@ -35,8 +34,7 @@ class Item:
     num_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class Bundle:
+class Bundle(NamedTuple):
     """Completions behind one copy of their prompt.
 
     Attributes:
@@ -62,36 +60,36 @@ class RankPlan:
     batch_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Cut:
-    """Rollouts of an experience that share a prompt, by their places in the group."""
+class _Cut(NamedTuple):
+    """Rollouts of an experience that share a prompt.
+
+    Attributes:
+        rollouts: their places in the group; advantages, of all that are trained on, by place.
+        completion_tokens: of these rollouts; num_tokens, with the prompt's.
+        cost: of a forward pass, in tokens.
+    """
 
     experience: Experience
-    rollouts: tuple[int, ...]
-    lengths: tuple[int, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        return self.experience.group.prompt_tokens + sum(self.lengths)
-
-    @property
-    def cost(self) -> float:
-        """Work of a forward pass, in tokens."""
-        prompt = self.experience.group.prompt_tokens
-        pairs = prompt * prompt / 2 + sum(length * (prompt + length / 2) for length in self.lengths)
-        return self.num_tokens + pairs / _TOKENS_WORTH_OF_PAIRS
+    advantages: dict[int, float]
+    rollouts: list[int]
+    completion_tokens: int
+    num_tokens: int
+    cost: float
 
 
-def cut_by_budget(prompt_tokens: int, lengths: Sequence[int], max_tokens: int, share: bool) -> list[tuple[int, ...]]:
+def cut_by_budget(prompt_tokens: int, lengths: Sequence[int], max_tokens: int, share: bool) -> list[list[int]]:
     """Returns the places in `lengths` of the completions that share a copy of their prompt, longest first.
 
     Each copy, with what is behind it, has at most `max_tokens` tokens, unless one completion alone has more.
     """
     if not share:
-        return [(i,) for i in range(len(lengths))]
+        return [[i] for i in range(len(lengths))]
+    longest_first = _largest_first(lengths)
+    if lengths and prompt_tokens + sum(lengths) <= max_tokens:
+        return [longest_first]
     cut: list[list[int]] = []
     free: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    for i in longest_first:
         for j, room in enumerate(free):
             if lengths[i] <= room:
                 cut[j].append(i)
@@ -100,14 +98,19 @@ def cut_by_budget(prompt_tokens: int, lengths: Sequence[int], max_tokens: int, s
         else:
             cut.append([i])
             free.append(max_tokens - prompt_tokens - lengths[i])
-    return [tuple(places) for places in cut]
+    return cut
+
+
+def _largest_first(sizes: Sequence[float]) -> list[int]:
+    """Returns the places in `sizes`, of equal ones the first first."""
+    return sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)
 
 
 def deal(costs: Sequence[float], ranks: int) -> list[list[int]]:
     """Returns for each rank places in `costs`: the costliest first, each to the rank with the least so far."""
     shares: list[list[int]] = [[] for _ in range(ranks)]
     loads = [(0.0, rank) for rank in range(ranks)]
-    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+    for i in _largest_first(costs):
         load, rank = loads[0]
         shares[rank].append(i)
         heapreplace(loads, (load + costs[i], rank))
@@ -118,7 +121,7 @@ def fill(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Returns micro-batches, lists of places in `sizes`: the largest first, each to the first that has room for it."""
     filled: list[list[int]] = []
     free: list[int] = []
-    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+    for i in _largest_first(sizes):
         j = next((j for j, room in enumerate(free) if sizes[i] <= room), None)
         if j is None:
             filled.append([i])
@@ -154,44 +157,40 @@ def pack(
     positions: list[dict[Any, int]] = [{} for _ in range(ranks)]
     for start in range(0, len(experiences), size):
         cuts = [cut for e in experiences[start : start + size] for cut in _cuts(e, max_tokens, share_prompts)]
-        batch_tokens = sum(sum(cut.lengths) for cut in cuts)
+        batch_tokens = sum([cut.completion_tokens for cut in cuts])
         dealt = [[cuts[i] for i in share] for share in deal([cut.cost for cut in cuts], ranks)]
         shares = [fill([cut.num_tokens for cut in share], max_tokens) for share in dealt]
         level(shares)
         for rank, (own, micro_batches) in enumerate(zip(dealt, shares, strict=True)):
-            bundles = tuple(tuple(_bundle(own[i], positions[rank]) for i in places) for places in micro_batches)
+            bundles = tuple([tuple([_bundle(own[i], positions[rank]) for i in places]) for places in micro_batches])
             plans[rank].append(RankPlan(bundles, batch_tokens))
     return [(tuple(own), tuple(places)) for own, places in zip(plans, positions, strict=True)]
 
 
-def _cuts(experience: Experience, max_tokens: int, share: bool) -> list[_Cut]:
-    group = experience.group
+def _cuts(experience: Experience, max_tokens: int, share: bool) -> Iterator[_Cut]:
+    group, prompt = experience.group, experience.group.prompt_tokens
     # What is not trained on says nothing; it does not count in the normaliser either.
-    trained = list(experience.trained)
+    advantages = experience.trained
+    trained = list(advantages)
     lengths = [group.rollouts[i].facts.num_tokens for i in trained]
-    cut = cut_by_budget(group.prompt_tokens, lengths, max_tokens, share)
-    return [
-        _Cut(experience, tuple(trained[place] for place in places), tuple(lengths[place] for place in places))
-        for places in cut
-    ]
+    for places in cut_by_budget(prompt, lengths, max_tokens, share):
+        own = [lengths[place] for place in places]
+        tokens = sum(own)
+        # A prompt's tokens see each other, a completion's the prompt and each other, in each case those before.
+        pairs = prompt * prompt / 2 + prompt * tokens + sum([length * length for length in own]) / 2
+        cost = prompt + tokens + pairs / _TOKENS_WORTH_OF_PAIRS
+        yield _Cut(experience, advantages, [trained[place] for place in places], tokens, prompt + tokens, cost)
 
 
 def _bundle(cut: _Cut, positions: dict[Any, int]) -> Bundle:
     """Returns the bundle of a cut; adds what it refers to to `positions`, each reference once."""
-
-    def position(payload: Any) -> int:
-        return positions.setdefault(payload, len(positions))
-
     group, reference = cut.experience.group, cut.experience.reference_logprobs
-    prompt, advantages = position(group.prompt), cut.experience.trained
+    prompt = positions.setdefault(group.prompt, len(positions))
     places = [] if reference is None else group.places
-    items = tuple(
-        Item(
-            completion=(position(group.rollouts[i].payload), group.rollouts[i].position),
-            reference=None if reference is None else (position(reference), places[i]),
-            advantage=advantages[i],
-            num_tokens=group.rollouts[i].facts.num_tokens,
-        )
-        for i in cut.rollouts
-    )
-    return Bundle(prompt, group.group_id, items)
+    items = []
+    for i in cut.rollouts:
+        payload, position, facts, _ = group.rollouts[i]
+        completion = positions.setdefault(payload, len(positions)), position
+        logprobs = None if reference is None else (positions.setdefault(reference, len(positions)), places[i])
+        items.append(Item(completion, logprobs, cut.advantages[i], facts.num_tokens))
+    return Bundle(prompt, group.group_id, tuple(items))

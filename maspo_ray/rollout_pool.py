@@ -8,7 +8,8 @@ import asyncio
 import itertools
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from operator import attrgetter
 from time import monotonic
 from typing import Any
 
@@ -24,6 +25,8 @@ _log = logging.getLogger(__name__)
 
 _WINDOW = 256
 _FEWEST_TO_JUDGE = 32
+_NAMING_REWARD = naming("the reward failed")
+_BY_SAMPLE = attrgetter("facts.sample")
 
 
 class ErrorWatch:
@@ -31,40 +34,42 @@ class ErrorWatch:
 
     def __init__(self, max_error_rate: float) -> None:
         self._max_error_rate = max_error_rate
-        self._recent: deque[bool] = deque(maxlen=_WINDOW)
-        self._recent_errors = 0
+        self._num_judged = 0
+        # Of those that failed, which they were, counted from 1: a controller has very many completions, and few that fail.
+        self._failed: deque[int] = deque(maxlen=_WINDOW)
         self._first_cause: str | None = None
         self.errors = 0
 
     def add(self, verdict: Verdict) -> None:
-        failed = verdict.outcome is not Outcome.SCORED
-        if len(self._recent) == _WINDOW:
-            self._recent_errors -= self._recent[0]
-        self._recent.append(failed)
-        self._recent_errors += failed
-        if not failed:
+        self._num_judged += 1
+        if verdict.outcome is not Outcome.SCORED:
+            self._note(verdict)
+        elif self._num_judged != _FEWEST_TO_JUDGE:
             return
+        seen = min(self._num_judged, _WINDOW)
+        errors = sum(number > self._num_judged - seen for number in self._failed)
+        if seen >= _FEWEST_TO_JUDGE and errors / seen > self._max_error_rate:
+            raise RunError(
+                f"{errors} of the last {seen} completions could not be scored, more than "
+                f"reward.max_error_rate ({self._max_error_rate:g}) allows; the first cause was: {self._first_cause}. "
+                "Mend the reward, or raise reward.max_error_rate."
+            )
+
+    def _note(self, verdict: Verdict) -> None:
+        self._failed.append(self._num_judged)
         self.errors += 1
         if self.errors.bit_count() == 1:
             # At the first, second, fourth, eighth …: a cause that repeats must not drown the rest.
             _log.warning("completions that could not be scored: %d; the latest: %s", self.errors, verdict.cause)
         self._first_cause = self._first_cause or verdict.cause
-        share = self._recent_errors / len(self._recent)
-        if len(self._recent) >= _FEWEST_TO_JUDGE and share > self._max_error_rate:
-            raise RunError(
-                f"{self._recent_errors} of the last {len(self._recent)} completions could not be scored, more than "
-                f"reward.max_error_rate ({self._max_error_rate:g}) allows; the first cause was: {self._first_cause}. "
-                "Mend the reward, or raise reward.max_error_rate."
-            )
 
 
 class RolloutPool:
     """Sends prompts to rollout actors and completions to reward actors."""
 
     def __init__(self, rollout: Sequence[Any], reward: Sequence[Any], errors: ErrorWatch, timeline: Timeline) -> None:
-        self._rollout = list(rollout)
-        self._reward = itertools.cycle(enumerate(reward))
-        self._timeline = timeline
+        self._rollout = [(actor, timeline.track(f"rollout/{i}")) for i, actor in enumerate(rollout)]
+        self._reward = itertools.cycle([(actor, timeline.track(f"reward/{i}")) for i, actor in enumerate(reward)])
         self._errors = errors
         self._outstanding_tokens = np.zeros(len(self._rollout), np.int64)
         self.idle = IdleMeter(len(self._rollout), monotonic())
@@ -83,49 +88,49 @@ class RolloutPool:
         cost = prompt_tokens + max_new_tokens
         outstanding = cost * len(seeds)
         self._outstanding_tokens[engine] += outstanding
-        failure = f"rollout/{engine} failed to generate"
-        stream = (
-            self._rollout[engine]
-            .generate.options(num_returns="streaming")
-            .remote(prompt, temperature=temperature, max_new_tokens=max_new_tokens, seeds=list(seeds))
+        actor, track = self._rollout[engine]
+        failure = f"{track.actor} failed to generate"
+        stream = actor.generate.options(num_returns="streaming").remote(
+            prompt, temperature=temperature, max_new_tokens=max_new_tokens, seeds=list(seeds)
         )
         rollouts: list[Rollout] = []
         scoring: deque[tuple[Any, list[CompletionFacts], asyncio.Future[list[Verdict]]]] = deque()
         try:
             self.idle.started(engine, monotonic())
             try:
-                with naming(failure), self._timeline.span(f"rollout/{engine}", "generate", samples=len(seeds)):
+                with naming(failure), track.span("generate", samples=len(seeds)):
                     async for payload in stream:
-                        following = await anext(stream, None)
-                        # Where nothing follows, the payload is the engine's error. It was also seen once, with Ray 2.60, that a
-                        # stream ended without its last object though its task had succeeded: then the completions themselves
-                        # say what is known of them.
-                        facts: list[CompletionFacts] = (
-                            [CompletionFacts.of(c) for c in await payload] if following is None else await following
-                        )
+                        try:
+                            facts: list[CompletionFacts] = await (await anext(stream))
+                        except StopAsyncIteration:
+                            # Then the payload is the engine's error. It was also seen once, with Ray 2.60, that a stream ended
+                            # without its last object though its task had succeeded: then the completions themselves say what
+                            # is known of them.
+                            facts = [CompletionFacts.of(completion) for completion in await payload]
                         if not facts:
                             return None
-                        self._outstanding_tokens[engine] -= cost * len(facts)
-                        outstanding -= cost * len(facts)
+                        done = cost * len(facts)
+                        self._outstanding_tokens[engine] -= done
+                        outstanding -= done
                         for fact in facts:
                             self.tokens_generated += fact.num_tokens
-                        scoring.append((payload, facts, self._score(prompt, payload, len(facts))))
+                        scoring.append((payload, facts, self._score(prompt, payload)))
                         while scoring and scoring[0][2].done():
-                            payload, facts, call = scoring.popleft()
-                            with naming("the reward failed"):
-                                rollouts += self._judged(payload, facts, call.result())
+                            scored, known, call = scoring.popleft()
+                            with _NAMING_REWARD:
+                                self._judge(rollouts, scored, known, call.result())
             finally:
                 self.idle.finished(engine, monotonic())
-            with naming("the reward failed"):
-                for payload, facts, call in scoring:
-                    rollouts += self._judged(payload, facts, await call)
+            with _NAMING_REWARD:
+                for scored, known, call in scoring:
+                    self._judge(rollouts, scored, known, await call)
         finally:
             self._outstanding_tokens[engine] -= outstanding
             for *_, call in scoring:
                 if not call.cancel() and not call.cancelled():
                     # An error that nobody asked for is logged by asyncio.
                     call.exception()
-        rollouts.sort(key=lambda rollout: rollout.facts.sample)
+        rollouts.sort(key=_BY_SAMPLE)
         if len(rollouts) != len(seeds):
             raise RunError(f"{failure}: {len(rollouts)} of {len(seeds)} completions came. See its log.")
         assert [rollout.facts.sample for rollout in rollouts] == list(range(len(seeds))), "a sample came twice"
@@ -133,20 +138,22 @@ class RolloutPool:
 
     async def expire(self, oldest_version: int) -> None:
         """Lets every engine end what has tokens older than `oldest_version`; their `sample` returns None."""
-        calls = [engine.expire.remote(oldest_version) for engine in self._rollout]
-        await asyncio.gather(*(named(f"rollout/{i} failed to expire", call) for i, call in enumerate(calls)))
+        calls = [(track, actor.expire.remote(oldest_version)) for actor, track in self._rollout]
+        await asyncio.gather(*(named(f"{track.actor} failed to expire", call) for track, call in calls))
 
-    def _score(self, prompt: Any, payload: Any, count: int) -> "asyncio.Future[list[Verdict]]":
+    def _score(self, prompt: Any, payload: Any) -> "asyncio.Future[list[Verdict]]":
         """Has a payload's completions scored, without a task to wait for each: a controller has very many of them."""
-        replica, reward = next(self._reward)
-        span = self._timeline.span(f"reward/{replica}", "score", completions=count)
+        reward, track = next(self._reward)
+        span = track.span("score")
         span.begin()
         call = asyncio.wrap_future(reward.score.remote(prompt, payload).future())
         call.add_done_callback(span.end)
         return call
 
-    def _judged(self, payload: Any, facts: Sequence[CompletionFacts], verdicts: Sequence[Verdict]) -> Iterator[Rollout]:
-        """Yields a payload's completions with their verdicts."""
-        for i, (fact, verdict) in enumerate(zip(facts, verdicts, strict=True)):
+    def _judge(
+        self, rollouts: list[Rollout], payload: Any, facts: Sequence[CompletionFacts], verdicts: Sequence[Verdict]
+    ) -> None:
+        """Adds a payload's completions with their verdicts."""
+        for position, (fact, verdict) in enumerate(zip(facts, verdicts, strict=True)):
             self._errors.add(verdict)
-            yield Rollout(payload, i, fact, verdict)
+            rollouts.append(Rollout(payload, position, fact, verdict))

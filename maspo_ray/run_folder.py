@@ -3,13 +3,13 @@
 Promise: a line is on its way to the disk when it is written; the folder's columns are those of the design. Decides nothing.
 """
 
-import json
 from collections.abc import Mapping
 
+import msgspec
 import yaml
 
 from maspo_ray.config import RunConfig
-from maspo_ray.metrics import JsonlSink, JsonlWriter, MetricSink, TensorBoardSink
+from maspo_ray.metrics import JsonlSink, JsonlWriter, MetricSink, TensorBoardSink, json_bytes
 from maspo_ray.run_paths import RunPaths
 from maspo_ray.summary import RunSummary
 from maspo_ray.timeline import TraceWriter
@@ -52,7 +52,7 @@ class RunFolder(RunPaths):
         return tuple(str(path.relative_to(self.path)) for path in found + checkpoints)
 
     def write_summary(self, summary: RunSummary) -> None:
-        (self.path / "summary.json").write_text(json.dumps(summary.to_dict(), indent=2) + "\n")
+        (self.path / "summary.json").write_bytes(msgspec.json.format(json_bytes(summary), indent=2) + b"\n")
 
     def close(self) -> None:
         for sink in self._metrics:

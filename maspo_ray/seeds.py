@@ -5,7 +5,7 @@ alone.
 """
 
 from hashlib import shake_128
-from struct import iter_unpack
+from struct import unpack
 
 
 def sampling_seeds(run_seed: int, prompt_id: str, times_drawn: int, count: int) -> list[int]:
@@ -15,4 +15,4 @@ def sampling_seeds(run_seed: int, prompt_id: str, times_drawn: int, count: int) 
         times_drawn: how often the prompt was drawn before, so that a prompt that comes again does not repeat its samples.
     """
     key = f"{run_seed}/{times_drawn}/{prompt_id}".encode()
-    return [int.from_bytes(part) >> 1 for (part,) in iter_unpack("8s", shake_128(key).digest(8 * count))]
+    return [number >> 1 for number in unpack(f">{count}Q", shake_128(key).digest(8 * count))]

@@ -4,9 +4,7 @@ Promise: pure; nothing is measured or written here. What was not measured is Non
 """
 
 import math
-from dataclasses import asdict, dataclass
-
-from maspo_ray.metrics import json_value
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +48,6 @@ class RunSummary:
     errors: int
     interrupted: bool
     saved: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, object]:
-        """Returns the fields as JSON can hold them; what was not measured is None."""
-        return {name: json_value(value) for name, value in asdict(self).items()}
 
 
 def duration_text(seconds: float) -> str:

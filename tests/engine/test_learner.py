@@ -266,7 +266,7 @@ def _broken(experience: Experience, fault: str) -> Experience:
     completions = ray.get(group.rollouts[0].payload)
     completions[1] = replace(completions[1], logprobs=completions[1].logprobs * nan)
     payload = ray.put(completions)
-    rollouts = tuple(replace(rollout, payload=payload) for rollout in group.rollouts)
+    rollouts = tuple(rollout._replace(payload=payload) for rollout in group.rollouts)
     return Experience(replace(group, rollouts=rollouts), experience.advantages, experience.reference_logprobs)
 
 

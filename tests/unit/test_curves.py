@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.image import imread
 
 from maspo_ray.curves import curves_figure, draw_curves, running_mean
+from maspo_ray.metrics import json_bytes
 from maspo_ray.summary import RunSummary, duration_text, percent_text, summary_text
 
 SUMMARY = RunSummary(
@@ -183,8 +184,8 @@ def test_summary_without_an_evaluation_has_no_accuracy() -> None:
     assert "  accuracy (heldout)  not measured\n" in summary_text(summary)
 
 
-def test_summary_to_dict_is_json_with_every_field_and_null_for_nan() -> None:
-    tree = json.loads(json.dumps(dataclasses.replace(SUMMARY, parity_max=math.nan).to_dict(), allow_nan=False))
+def test_summary_as_json_has_every_field_and_null_for_nan() -> None:
+    tree = json.loads(json_bytes(dataclasses.replace(SUMMARY, parity_max=math.nan)))
     assert list(tree) == [field.name for field in dataclasses.fields(RunSummary)]
     assert tree["parity_max"] is None
     assert tree["saved"] == ["final", "curves.png"]

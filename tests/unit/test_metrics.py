@@ -4,10 +4,11 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from maspo_ray.idle import IdleMeter
-from maspo_ray.metrics import JsonlSink, JsonlWriter, StepMetrics, TensorBoardSink, combine_updates, json_value
+from maspo_ray.metrics import JsonlSink, JsonlWriter, StepMetrics, TensorBoardSink, combine_updates, json_bytes
 
 
 def test_metrics_mean_is_weighted() -> None:
@@ -67,7 +68,7 @@ def test_jsonl_sink_writes_a_line_a_step_and_null_for_nan(tmp_path: Path) -> Non
     sink = JsonlSink(path)
     sink.write(1, {"version": 1, "reward/mean": 0.25, "parity/max": math.nan})
     # Read before it is closed: a run that is killed has its lines.
-    assert path.read_text() == '{"step": 1, "version": 1, "reward/mean": 0.25, "parity/max": null}\n'
+    assert path.read_text() == '{"step":1,"version":1,"reward/mean":0.25,"parity/max":null}\n'
     sink.write(2, {"reward/mean": math.inf})
     sink.close()
     assert [json.loads(line) for line in path.read_text().splitlines()][1] == {"step": 2, "reward/mean": None}
@@ -84,11 +85,14 @@ def test_jsonl_writer_opened_again_goes_on_after_what_is_there(tmp_path: Path) -
         writer = JsonlWriter(path)
         writer.write({"step": step, "set": "prüfung"})
         writer.close()
-    assert path.read_text(encoding="utf-8") == '{"step": 0, "set": "prüfung"}\n{"step": 1, "set": "prüfung"}\n'
+    assert path.read_text(encoding="utf-8") == '{"step":0,"set":"prüfung"}\n{"step":1,"set":"prüfung"}\n'
 
 
-def test_json_value_nested_nan_becomes_none() -> None:
-    assert json_value({"a": [1, math.nan, {"b": (-math.inf, "x")}]}) == {"a": [1, None, {"b": [None, "x"]}]}
+def test_json_has_null_for_nan_wherever_it_is_and_numpy_numbers_as_numbers() -> None:
+    value = {"a": [1, math.nan, {"b": (-math.inf, "x")}], "c": np.float64("nan"), "d": np.float32(0.5), "e": np.int64(7)}
+    assert json.loads(json_bytes(value)) == {"a": [1, None, {"b": [None, "x"]}], "c": None, "d": 0.5, "e": 7}
+    with pytest.raises(TypeError, match="PosixPath has no form in JSON"):
+        json_bytes({"path": Path("/")})
 
 
 def test_tensorboard_sink_scalars_are_read_back_without_nan(tmp_path: Path) -> None:

@@ -24,9 +24,9 @@ def test_cut_every_completion_lies_behind_one_copy_of_the_prompt_within_the_budg
 
 def test_cut_shares_the_prompt_by_all_that_fit() -> None:
     # Behind a prompt of 4 there is room for 16. Longest first, each where it fits first: 9 and 7; 8, 5 and 2.
-    assert cut_by_budget(4, [5, 9, 7, 2, 8], 20, share=True) == [(1, 2), (4, 0, 3)]
-    assert cut_by_budget(4, [5, 9, 2], 20, share=True) == [(1, 0, 2)]
-    assert cut_by_budget(4, [5, 9, 2], 20, share=False) == [(0,), (1,), (2,)]
+    assert cut_by_budget(4, [5, 9, 7, 2, 8], 20, share=True) == [[1, 2], [4, 0, 3]]
+    assert cut_by_budget(4, [5, 9, 2], 20, share=True) == [[1, 0, 2]]
+    assert cut_by_budget(4, [5, 9, 2], 20, share=False) == [[0], [1], [2]]
 
 
 @given(sizes=LENGTHS, max_tokens=st.integers(1, 200))

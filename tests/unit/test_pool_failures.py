@@ -105,7 +105,8 @@ def test_sample_that_is_cancelled_cancels_what_is_being_scored_and_leaves_the_en
         await asyncio.sleep(0)
         assert cancelled == ["a call"] * 2
         assert pool._outstanding_tokens == [0] and pool.idle._outstanding == [0]
-        assert set(pool._timeline.totals()["reward"]) == {"score"}
-        assert [track._num_lanes - len(track._free_lanes) for track in pool._timeline._tracks.values()] == [0, 0]
+        tracks = [track for _, track in (*pool._rollout, next(pool._reward))]
+        assert set(tracks[1].totals) == {"score"}
+        assert [track.num_lanes - len(track.free_lanes) for track in tracks] == [0, 0]
 
     asyncio.run(run())
