@@ -23,7 +23,8 @@ class MicroBatch:
         mask: [targets] bool, which of them count; none where the rank only takes part in the collective.
         behaviour_logprobs: [targets] float32, log μ.
         advantages: [targets] float32.
-        lags: [targets] int64, weight versions between what sampled the token and `version`.
+        lags: [targets] int64, weight versions between the oldest that a token is of and `version`. A completion that ran through an
+            update goes on over the cache of what it began with, so that all its tokens are of that.
         reference_logprobs: [targets] float32; None without KL.
     """
 
@@ -58,15 +59,15 @@ def gather_micro_batch(
         [(payloads[bundle.prompt].token_ids, list(islice(ids, len(bundle.items)))) for bundle in bundles], device
     )
     counts = [item.num_tokens for item in items]
-    lags = np.array([version - span.version for completion in completions for span in completion.spans])
-    assert (lags >= 0).all(), f"a token was sampled by weights newer than version {version}"
-    spans = [span.end - span.start for completion in completions for span in completion.spans]
+    newest = max(span.version for completion in completions for span in completion.spans)
+    assert newest <= version, f"a token was sampled by weights newer than version {version}"
+    lags = np.array([version - completion.spans[0].version for completion in completions])
     references = [payloads[item.reference[0]][item.reference[1]] for item in items if item.reference is not None]
     return MicroBatch(
         tokens=tokens,
         mask=torch.ones(sum(counts), dtype=torch.bool, device=device),
         behaviour_logprobs=tensor([completion.logprobs for completion in completions]),
         advantages=tensor([np.repeat(np.array([item.advantage for item in items], np.float32), counts)]),
-        lags=tensor([np.repeat(lags, spans)]),
+        lags=tensor([np.repeat(lags, counts)]),
         reference_logprobs=tensor(references) if references else None,
     )

@@ -41,7 +41,7 @@ import ray
 from bench.simulated import Behaviour, SimulatedFleet, VirtualLoop, simulated_config, simulated_pipeline
 from maspo_ray.cluster import connected
 from maspo_ray.config import PlacementConfig
-from maspo_ray.experience import CompletionFacts, Prompt, Verdict
+from maspo_ray.experience import Completion, CompletionFacts, Prompt, Verdict, VersionSpan
 from maspo_ray.garbage import collecting_rarely
 from maspo_ray.pipeline import Pipeline
 
@@ -49,6 +49,7 @@ SIZES = (64, 1024)
 GROUPS_PER_STEP, MAX_STALENESS, SAMPLES, RANKS = 4096, 3, 8, 64
 IN_FLIGHT = GROUPS_PER_STEP * (MAX_STALENESS + 1)
 REPEATS, STEPS = 3, 8
+PAYLOAD_TOKENS = 2048
 # A smaller step, of which there are more looks: what is in flight moves less from one to the next.
 MEMORY_GROUPS_PER_STEP, MEMORY_STEPS, MEMORY_FIRST_LOOK = 1024, 120, 8
 
@@ -158,11 +159,13 @@ def memory_slope(engines: int) -> dict[str, float]:
 
 
 class Answering:
-    """An actor that answers at once, in the shapes of a rollout's and a reward's answers."""
+    """An actor that answers at once, in the shapes and sizes of a rollout's and a reward's answers."""
 
     async def generate(self, _prompt: Any) -> Any:
         for sample in range(SAMPLES):
-            yield b""
+            tokens, logprobs = np.zeros(PAYLOAD_TOKENS, np.int32), np.zeros(PAYLOAD_TOKENS, np.float32)
+            spans = (VersionSpan(0, 0, PAYLOAD_TOKENS),)
+            yield [Completion(tokens, logprobs, spans, "stop", " " * 4 * PAYLOAD_TOKENS, sample)]
             yield [CompletionFacts(1, 0, 0, "stop", sample)]
 
     async def score(self, _prompt: Any, _payload: Any) -> list[Verdict]:
@@ -174,14 +177,16 @@ def ray_client_ms(calls: int = 400) -> dict[str, float]:
 
     async def measure(actor: Any, prompt: Prompt) -> dict[str, float]:
         async def score() -> None:
-            await actor.score.remote(reference, b"")
+            await actor.score.remote(reference, payload)
 
-        async def stream() -> None:
-            objects = actor.generate.options(num_returns="streaming").remote(reference)
-            async for _ in objects:
+        async def stream() -> Any:
+            objects, payload = actor.generate.options(num_returns="streaming").remote(reference), None
+            async for payload in objects:  # noqa: B007, the last one is returned
                 await (await anext(objects))
+            return payload
 
         reference = ray.put(prompt)
+        payload = await stream()
         await asyncio.gather(score(), stream())
         marks = [process_time()]
         kept = [ray.put(prompt) for _ in range(calls)]

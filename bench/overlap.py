@@ -7,7 +7,8 @@ Runs `maspo train` on SmolLM2 (`make smollm2` makes the model), each engine with
 the same. With 0 each phase has the machine to itself, so that such a run also says what generation and learning take alone.
 
 step_over_bound           a step of the asynchronous run / the longer of generation alone and learning alone (with its publish)
-speedup_over_synchronous  a step with max_staleness 0 / a step of the asynchronous run; both phases about as long
+speedup_over_synchronous  a step with max_staleness 0 / a step of the asynchronous run
+generation_over_learning  of the two, each alone: how far the phases are from balanced
 long_tail_speedup         the same where one completion in 50 is 20 times as long as the others
 repeats_exactly           whether the runs with max_staleness 0 had the same losses and gradient norms, to the last bit
 
@@ -30,22 +31,25 @@ ONE_IN, TIMES_LONGER = 50, 20
 
 
 class FixedLengths(VLLMRollout):
-    """An engine whose completions have given lengths, by their seeds.
+    """An engine whose completions have given lengths, by the order in which they were asked for, so that equal parts of two runs have as
+    many long ones.
 
     Args:
         tokens: of a completion.
-        tail_tokens: of one in 50.
+        tail_tokens: of each 50th.
     """
 
     def __init__(self, *, tokens: int, tail_tokens: int, **arguments: Any) -> None:
         super().__init__(**arguments)
         self._tokens = tokens
         self._tail_tokens = tail_tokens
+        self._num_asked = 0
 
     def _parameters(self, temperature: float, max_new_tokens: int, seed: int | None) -> Any:
         parameters = super()._parameters(temperature, max_new_tokens, seed)
         parameters.ignore_eos = True
-        parameters.max_tokens = self._tail_tokens if (seed or 0) % ONE_IN == 0 else self._tokens
+        self._num_asked += 1
+        parameters.max_tokens = self._tail_tokens if self._num_asked % ONE_IN == 0 else self._tokens
         return parameters
 
 
@@ -61,7 +65,8 @@ class Scenario:
 
 
 SCENARIOS = {
-    "balanced": Scenario(2, 16, 16, 5, 2),
+    # A step's 32 completions are three rounds of the engine, also where they are alone.
+    "balanced": Scenario(4, 16, 16, 11, 2),
     "long tails": Scenario(4, 8, 8 * TIMES_LONGER, 16, 8),
 }
 
@@ -158,6 +163,7 @@ def main() -> None:
                 if name == "balanced":
                     ratios.setdefault("step_over_bound", []).append(together.step / longer)
                     ratios.setdefault("speedup_over_synchronous", []).append(alone.step / together.step)
+                    ratios.setdefault("generation_over_learning", []).append(alone.waited / alone.learned)
                 else:
                     ratios.setdefault("long_tail_speedup", []).append(alone.step / together.step)
     figures = {name: statistics.median(values) for name, values in ratios.items()}

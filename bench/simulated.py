@@ -23,7 +23,6 @@ import numpy as np
 
 from maspo_ray.checks import ParityCheck
 from maspo_ray.config import RunConfig
-from maspo_ray.door import DropStale
 from maspo_ray.experience import (
     Completion,
     CompletionFacts,
@@ -34,6 +33,7 @@ from maspo_ray.experience import (
     Verdict,
     VersionSpan,
 )
+from maspo_ray.loading import load_door
 from maspo_ray.pipeline import Pipeline
 from maspo_ray.progress import Progress
 from maspo_ray.prompts import PromptStream
@@ -275,7 +275,7 @@ class SimulatedFleet:
         return Ref(value)
 
     @staticmethod
-    def object_store_used_bytes() -> float:
+    async def object_store_used_bytes() -> float:
         return 0.0
 
     def _generate(
@@ -352,9 +352,13 @@ def simulated_config(folder: Path, **pipeline: Any) -> RunConfig:
 
 
 def simulated_pipeline(
-    config: RunConfig, fleet: SimulatedFleet, prompts: Sequence[Prompt]
+    config: RunConfig, fleet: SimulatedFleet, prompts: Sequence[Prompt], evaluator: Any = None
 ) -> tuple[Pipeline, RunFolder]:
-    """Returns the real pipeline before simulated actors, and its open files; to be called within a `VirtualLoop`."""
+    """Returns the real pipeline before simulated actors, and its open files; to be called within a `VirtualLoop`.
+
+    Args:
+        evaluator: does what an `Evaluator` does, or None.
+    """
     folder: Any = RunFolder(config)
     shared: Any = fleet
     timeline = Timeline(folder.write_trace, fleet.loop.clock)
@@ -363,7 +367,7 @@ def simulated_pipeline(
     parity = ParityCheck(shared, prompts[:1], config.rollout, *config.parity_bound)
     sampler = UniformSampler(len(prompts), shuffle=True, seed=config.seed)
     stream = PromptStream(prompts, sampler, shuffle=True, seed=config.seed)
-    door = DropStale(config.pipeline.max_staleness)
+    door = load_door(config.pipeline)
     progress = Progress(config.pipeline.steps, "off", io.StringIO())
     record = RunRecord(config)
-    return Pipeline(config, shared, pool, stream, None, parity, folder, progress, record, timeline, door), folder
+    return Pipeline(config, shared, pool, stream, evaluator, parity, folder, progress, record, timeline, door), folder

@@ -274,6 +274,11 @@ class PipelineConfig(Section):
     step_timeout_s: float = Field(3600.0, gt=0)
     """Deadline of a step's training."""
 
+    @property
+    def max_groups_under_way(self) -> int:
+        """Groups that may be accepted or on their way at once."""
+        return min(self.max_staleness + 1, self.steps) * self.groups_per_step
+
 
 class PlacementConfig(Section):
     nodes: int | None = Field(None, ge=1)

@@ -25,8 +25,9 @@ from maspo_ray.weight_sync import backend_for
 _SHUTDOWN_S = 5.0
 _TRANSFER_CALLS = 6
 """A transfer is at most so many calls, one after the other, each with the deadline `pipeline.weight_sync_timeout_s`."""
-_MAX_CALLS = 4096
-"""Calls that an async actor holds at once; what it works on at once is its engine's affair."""
+_MORE_CALLS = 4096
+"""Calls that an async actor holds at once, besides one for each group under way, so that none waits behind these: what it works on at
+once is its engine's affair."""
 CPU_ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
@@ -63,8 +64,8 @@ class Fleet:
         return ray.put(value)
 
     @staticmethod
-    def object_store_used_bytes() -> float:
-        return object_store_used_bytes()
+    async def object_store_used_bytes() -> float:
+        return await asyncio.to_thread(object_store_used_bytes)
 
     def create_here(self, actor_class: type) -> Any:
         """Returns an actor of the framework's own on this process's node, which sees the run's folder; it takes none of the CPUs."""
@@ -84,7 +85,7 @@ class Fleet:
                 num_cpus=slot.cpus,
                 num_gpus=slot.gpus,
                 scheduling_strategy=reservation.strategy(slot),
-                max_concurrency=_MAX_CALLS if is_async else 1,
+                max_concurrency=self._config.pipeline.max_groups_under_way + _MORE_CALLS if is_async else 1,
                 runtime_env={"env_vars": actor_environment(slot, self._threads(slot))},
             )
             .remote(**arguments)

@@ -110,10 +110,11 @@ class JsonlWriter:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab", buffering=0)
+        self._file = path.open("ab")
 
     def write(self, row: Mapping[str, object]) -> None:
         self._file.write(json_bytes(row) + b"\n")
+        self._file.flush()
 
     def close(self) -> None:
         self._file.close()

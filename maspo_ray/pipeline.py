@@ -103,7 +103,7 @@ class Pipeline:
                 "groups/stale": float(self._intake.counts["stale"] - stale_before),
                 "groups/running": float(self._intake.running),
                 "groups/ready": float(self._intake.ready),
-                "object_store/used_mib": self._fleet.object_store_used_bytes() / 2**20,
+                "object_store/used_mib": await self._fleet.object_store_used_bytes() / 2**20,
                 "tokens/generated": float(self._pool.tokens_generated - tokens_before),
             }
             self._record.step(row)

@@ -28,6 +28,8 @@ CPU_INFO = Path("/proc/cpuinfo")
 _TOKEN_BYTES = 16
 """Of a completion's token, at most about: id, log-prob, the reference's log-prob, text."""
 
+_WRITTEN = ("ledger.jsonl", "eval.jsonl", "timeline.json", "summary.json")
+
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -185,11 +187,14 @@ def check_object_store(config: RunConfig, capacity_bytes: float) -> None:
         ConfigError: it does not.
     """
     pipeline, rollout = config.pipeline, config.rollout
-    groups = min(pipeline.max_staleness + 1, pipeline.steps) * pipeline.groups_per_step
+    groups = pipeline.max_groups_under_way
     group_bytes = rollout.group_size * rollout.max_new_tokens * _TOKEN_BYTES
     if groups * group_bytes > capacity_bytes:
+        field = f"pipeline.groups_per_step is {pipeline.groups_per_step}"
+        if pipeline.max_staleness > 0:
+            field = f"pipeline.max_staleness is {pipeline.max_staleness}"
         raise ConfigError(
-            f"pipeline.max_staleness is {pipeline.max_staleness}; so {groups:,} groups may be under way at once, up to "
+            f"{field}; so {groups:,} groups may be under way at once, up to "
             f"{groups * group_bytes / 2**30:.3g} GiB of tokens and log-probs, more than the object store's "
             f"{capacity_bytes / 2**30:.3g} GiB. Lower it, or raise placement.object_store_gib (of a cluster: what `ray start` gives it)."
         )
@@ -212,6 +217,9 @@ def check_run_dir(config: RunConfig, resume: bool) -> None:
         raise ConfigError(f"{where}; {'it' if there == run_dir else there} is a file. Give a new run_dir.")
     if not os.access(there, os.W_OK):
         raise ConfigError(f"{where}; {there} cannot be written to. Give a run_dir that can.")
+    for path in map(run_dir.joinpath, _WRITTEN):
+        if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
+            raise ConfigError(f"{where}; {path} cannot be written to. Remove it, or give a new run_dir.")
     if any((run_dir / name).exists() for name in ("metrics.jsonl", "final", "config.yaml")):
         kind = "a finished" if _is_finished(run_dir) else "an unfinished"
         raise ConfigError(f"{where}; it already holds {kind} run. Give a new run_dir or remove it.")

@@ -42,10 +42,9 @@ class ErrorWatch:
 
     def add(self, verdict: Verdict) -> None:
         self._num_judged += 1
-        if verdict.outcome is not Outcome.SCORED:
-            self._note(verdict)
-        elif self._num_judged != _FEWEST_TO_JUDGE:
+        if verdict.outcome is Outcome.SCORED:
             return
+        self._note(verdict)
         seen = min(self._num_judged, _WINDOW)
         errors = sum(number > self._num_judged - seen for number in self._failed)
         if seen >= _FEWEST_TO_JUDGE and errors / seen > self._max_error_rate:

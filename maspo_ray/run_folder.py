@@ -9,6 +9,7 @@ import msgspec
 import yaml
 
 from maspo_ray.config import RunConfig
+from maspo_ray.errors import ConfigError
 from maspo_ray.metrics import JsonlSink, JsonlWriter, MetricSink, TensorBoardSink, json_bytes
 from maspo_ray.run_paths import RunPaths
 from maspo_ray.summary import RunSummary
@@ -16,10 +17,22 @@ from maspo_ray.timeline import TraceWriter
 
 
 class RunFolder(RunPaths):
-    """The open files of one run."""
+    """The open files of one run.
+
+    Raises:
+        ConfigError: one of them cannot be opened.
+    """
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config.run_dir)
+        try:
+            self._open(config)
+        except OSError as error:
+            raise ConfigError(
+                f"run_dir is {self.path}; it cannot be written to ({error}). Give one that can."
+            ) from error
+
+    def _open(self, config: RunConfig) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
         self.config.write_text(resolved)

@@ -62,7 +62,7 @@ class Breakdown:
             logprobs: log π_θ.
             behaviour_logprobs: log μ, of what sampled the tokens; not log π_old where that is recomputed.
             entropy: of the current policy where it met the token.
-            lags: int64, weight versions between what sampled the token and what is updated.
+            lags: int64, weight versions between the oldest that the token is of and what is updated.
             mask: bool, which tokens count.
         """
         gate, ratio = loss.gate, loss.ratio

@@ -100,6 +100,27 @@ def test_rollout_samples_with_the_same_seed_are_equal_and_with_others_differ(eng
     assert len(set(texts[0])) == 4
 
 
+def test_rollout_samples_of_a_prompt_share_its_prefill(engine: Any) -> None:
+    def watch(actor: Any) -> None:
+        run, actor.cached = actor._run, []
+
+        async def watched(*arguments: Any) -> Any:
+            output = await run(*arguments)
+            actor.cached.append(output.num_cached_tokens)
+            return output
+
+        actor._run = watched
+
+    def unwatch(actor: Any) -> list[int]:
+        del actor._run
+        return actor.cached
+
+    ray.get(engine.__ray_call__.remote(watch))
+    # A block is of 32 tokens.
+    _sample(engine, _prompt(*range(42, 2, -1)), n=4, max_new_tokens=4)
+    assert sorted(ray.get(engine.__ray_call__.remote(unwatch))) == [0, 32, 32, 32]
+
+
 def test_publish_new_weights_reach_a_tied_output_layer(engine: Any, trainer: PreTrainedModel, publisher: Any) -> None:
     """On CPU vLLM multiplies by a packed copy of the output layer; without packing it again it keeps the old one."""
     assert trainer.config.tie_word_embeddings

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from maspo_ray.config import DataConfig, RunConfig
+from maspo_ray.config import DataConfig, PipelineConfig, RunConfig
+from maspo_ray.door import DropStale, TrainStale
 from maspo_ray.errors import ConfigError
-from maspo_ray.loading import PROTOCOLS, load_actor_class, load_classes, load_sampler, protocol_methods
-from maspo_ray.protocols import Sampler
+from maspo_ray.loading import PROTOCOLS, load_actor_class, load_classes, load_door, load_sampler, protocol_methods
+from maspo_ray.protocols import DoorPolicy, Sampler
 from maspo_ray.samplers import PassRateSampler, UniformSampler
 
 Write = Callable[[str], str]
@@ -254,3 +255,41 @@ def test_load_sampler_wrong_args_are_answered_before_a_sampler_is_made(write: Wr
     )
     with pytest.raises(ConfigError, match="^data.sampler.args.floor is 0"):
         load_sampler(data, seed=0)
+
+
+# What decides at the door.
+
+
+def _load_door(path: str | None = None, **args: object) -> DoorPolicy:
+    section = {} if path is None else {"door": {"path": path, "args": args}}
+    return load_door(PipelineConfig.model_validate({"max_staleness": 2, **section}))
+
+
+def test_load_door_drops_unless_another_is_named_and_knows_the_bound() -> None:
+    door, late = _load_door(), _load_door("maspo_ray.door:TrainStale", max_lag=5)
+    assert isinstance(door, DropStale) and isinstance(late, TrainStale)
+    assert (door.oldest_version(9), late.oldest_version(9)) == (9 - 2, 9 - 5)
+
+
+def test_load_door_of_the_users_own_receives_its_args(write: Write) -> None:
+    module = write(
+        "class D:\n"
+        "    def __init__(self, max_staleness, odd): self.given = max_staleness, odd\n"
+        "    def oldest_version(self, version): return 0\n"
+        "    def judge(self, experience, version): return None\n"
+    )
+    assert vars(_load_door(f"{module}:D", odd=True))["given"] == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("path", "args", "fault"),
+    [
+        ("no_such:D", {}, "pipeline.door.path is no_such:D; there is no module no_such."),
+        ("maspo_ray.samplers:UniformSampler", {}, "the class has no method oldest_version, which DoorPolicy needs."),
+        ("maspo_ray.door:TrainStale", {}, "pipeline.door.args is {}; TrainStale does not take it (TypeError: "),
+    ],
+)
+def test_load_door_faults_name_the_field(path: str, args: dict[str, object], fault: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        _load_door(path, **args)
+    assert fault in str(caught.value) and len(str(caught.value).splitlines()) == 1

@@ -89,7 +89,12 @@ def test_jsonl_writer_opened_again_goes_on_after_what_is_there(tmp_path: Path) -
 
 
 def test_json_has_null_for_nan_wherever_it_is_and_numpy_numbers_as_numbers() -> None:
-    value = {"a": [1, math.nan, {"b": (-math.inf, "x")}], "c": np.float64("nan"), "d": np.float32(0.5), "e": np.int64(7)}
+    value = {
+        "a": [1, math.nan, {"b": (-math.inf, "x")}],
+        "c": np.float64("nan"),
+        "d": np.float32(0.5),
+        "e": np.int64(7),
+    }
     assert json.loads(json_bytes(value)) == {"a": [1, None, {"b": [None, "x"]}], "c": None, "d": 0.5, "e": 7}
     with pytest.raises(TypeError, match="PosixPath has no form in JSON"):
         json_bytes({"path": Path("/")})

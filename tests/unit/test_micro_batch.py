@@ -24,13 +24,13 @@ REFERENCES = [np.array([-1.5, -2.5, -3.5], dtype=np.float32), np.array([-4.5], d
 BUNDLE = Bundle(0, 9, (Item((1, 1), (2, 1), 0.5, 1), Item((1, 0), (2, 0), -0.5, 3)))
 
 
-def test_micro_batch_follows_its_items_and_ages_each_token_by_what_sampled_it() -> None:
+def test_micro_batch_follows_its_items_and_ages_each_token_by_the_oldest_weights_it_is_of() -> None:
     batch = gather_micro_batch([BUNDLE], [PROMPT, COMPLETIONS, REFERENCES], 5, CPU)
     assert batch.tokens.targets.tolist() == [8, 5, 6, 7]
     assert batch.behaviour_logprobs.tolist() == [-4.0, -1.0, -2.0, -3.0]
     assert batch.advantages.tolist() == [0.5, -0.5, -0.5, -0.5]
-    # At version 5: the short one is fresh, the long one's first token two versions old, then one.
-    assert batch.lags.tolist() == [0, 2, 1, 1]
+    # At version 5: the short one is fresh, the long one began two versions ago, and what came later lies over that cache.
+    assert batch.lags.tolist() == [0, 2, 2, 2]
     assert batch.reference_logprobs is not None
     assert batch.reference_logprobs.tolist() == [-4.5, -1.5, -2.5, -3.5]
     assert batch.mask.all()

@@ -3,9 +3,10 @@
 import asyncio
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.simulated import Behaviour, SimulatedFleet, VirtualLoop, simulated_config, simulated_pipeline
+from maspo_ray.checks import EvalResult
+from maspo_ray.controller import _first_cause
 from maspo_ray.errors import RunError
 from maspo_ray.experience import Prompt
 
@@ -30,6 +33,8 @@ class _Seen:
     left_out: list[int] = field(default_factory=list)
     batches: list[set[int]] = field(default_factory=list)
     staleness: list[int] = field(default_factory=list)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    left_running: int = 0
 
     def train(self, arguments: Sequence[Any], applied: Sequence[bool]) -> None:
         self.batches.append(set())
@@ -50,20 +55,34 @@ def _run(
     engines: int = 4,
     ranks: int = 2,
     updates: int = 1,
+    evaluator: Any = None,
+    break_it: Callable[[SimulatedFleet], None] | None = None,
+    seen: _Seen | None = None,
     **pipeline: Any,
 ) -> _Seen:
-    seen, loop = _Seen(), VirtualLoop()
+    seen, loop = seen or _Seen(), VirtualLoop()
     config = simulated_config(folder, steps=steps, **pipeline)
-    config = config.model_copy(update={"learner": config.learner.model_copy(update={"updates_per_batch": updates})})
+    config = config.model_copy(
+        update={
+            "learner": config.learner.model_copy(update={"updates_per_batch": updates}),
+            "eval": config.eval.model_copy(update={"every": 1}),
+        }
+    )
 
     async def main() -> None:
         fleet = SimulatedFleet(loop, engines, 3, ranks, behaviour)
         fleet.on_train = seen.train
-        run, files = simulated_pipeline(config, fleet, PROMPTS)
+        if break_it is not None:
+            break_it(fleet)
+        run, files = simulated_pipeline(config, fleet, PROMPTS, evaluator)
+        if evaluator is not None:
+            evaluator.pool = run._pool
         try:
             await run.run()
         finally:
             files.close()
+            seen.left_running = len(asyncio.all_tasks()) - 1
+            seen.metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
             seen.counts = run.group_counts
             seen.rows = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
 
@@ -94,6 +113,10 @@ def test_pipeline_of_many_engines_trains_fresh_groups_and_counts_the_others(tmp_
     seen = _run(tmp_path, behaviour, engines=16, steps=8, groups_per_step=48, max_staleness=3)
     _check_books(seen, max_staleness=3)
     assert seen.counts["trained"] == 8 * 48
+    # What is under way is bounded; at a step's end nothing has yet come in place of what it trained on.
+    under_way = [row["groups/running"] + row["groups/ready"] for row in seen.metrics]
+    assert len(under_way) == 8 and max(under_way) == 3 * 48
+    assert [row["object_store/used_mib"] for row in seen.metrics] == [0.0] * 8
     # A fifth is filtered; with σ = 1 a group's slowest of 8 often takes longer than 4 steps.
     assert min(seen.counts[outcome] for outcome in ("filtered", "stale", "failed")) > 5
     assert max(seen.staleness) == 3
@@ -116,6 +139,107 @@ def test_pipeline_whose_groups_carry_no_signal_ends_with_the_cause(tmp_path: Pat
     # Admission fills (η + 1) · B = 8 places; each filtered group gives its place to another.
     assert [row["group_id"] for row in sorted(rows, key=lambda row: row["group_id"])] == list(range(len(rows)))
     assert Counter(row["outcome"] for row in rows)["filtered"] == 9
+
+
+class _Failing:
+    """An answer that is an error."""
+
+    def __await__(self) -> Generator[None, None, None]:
+        yield from ()
+        raise RunError("a part of the run is gone")
+
+
+def _fail(*_: object) -> None:
+    raise RunError("a part of the run is gone")
+
+
+def _fail_in_training(fleet: SimulatedFleet) -> None:
+    fleet.on_train = _fail
+
+
+def _fail_in_publishing(fleet: SimulatedFleet) -> None:
+    fleet.on_publish = lambda version: _fail() if version == 2 else None
+
+
+def _fail_in_cancelling(fleet: SimulatedFleet) -> None:
+    for engine in fleet.of_role("rollout"):
+        engine.expire = SimpleNamespace(remote=lambda oldest_version: _Failing())
+
+
+def _fail_in_generating(fleet: SimulatedFleet) -> None:
+    engine = fleet.of_role("rollout")[1]
+    start = engine.generate.options().remote
+
+    def generate(*arguments: Any, **keywords: Any) -> Any:
+        stream = start(*arguments, **keywords)
+        return stream if fleet.version < 1 else _FailingStream()
+
+    engine.generate = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=generate))
+
+
+class _FailingStream:
+    def __aiter__(self) -> "_FailingStream":
+        return self
+
+    def __anext__(self) -> Awaitable[None]:
+        return _Failing()
+
+
+def _fail_in_scoring(fleet: SimulatedFleet) -> None:
+    def score(*_: object) -> Any:
+        answer = fleet.loop.create_future()
+        answer.set_exception(RunError("a part of the run is gone"))
+        return SimpleNamespace(future=lambda: answer)
+
+    fleet.of_role("reward")[0].score = SimpleNamespace(remote=score)
+
+
+@pytest.mark.parametrize(
+    "break_it",
+    [_fail_in_training, _fail_in_publishing, _fail_in_cancelling, _fail_in_generating, _fail_in_scoring],
+)
+def test_pipeline_wherever_it_fails_ends_with_the_cause_and_leaves_nothing_running(
+    tmp_path: Path, break_it: Callable[[SimulatedFleet], None]
+) -> None:
+    seen = _Seen()
+    with pytest.raises(ExceptionGroup) as caught:
+        _run(tmp_path, Behaviour(), steps=9, groups_per_step=8, max_staleness=1, break_it=break_it, seen=seen)
+    cause = _first_cause(caught.value)
+    assert isinstance(cause, RunError) and str(cause) == "a part of the run is gone"
+    assert seen.left_running == 0
+    assert sorted(row["group_id"] for row in seen.rows) == list(range(seen.counts["submitted"]))
+    assert seen.counts["submitted"] == sum(seen.counts.values()) - seen.counts["submitted"] > 0
+
+
+class _SlowEvaluator:
+    """Takes long, and counts what is generated meanwhile."""
+
+    pool: Any = None
+
+    def __init__(self) -> None:
+        self.generated: list[int] = []
+
+    async def evaluate(self) -> EvalResult:
+        before = self.pool.tokens_generated
+        await asyncio.sleep(1000)
+        self.generated.append(self.pool.tokens_generated - before)
+        return EvalResult(0.5, 1, 1, 0)
+
+
+def test_pipeline_generates_while_it_evaluates(tmp_path: Path) -> None:
+    evaluator = _SlowEvaluator()
+    _run(tmp_path, Behaviour(), steps=4, groups_per_step=8, max_staleness=1, evaluator=evaluator)
+    # After the second step the last of the groups are admitted.
+    assert [generated > 0 for generated in evaluator.generated] == [False, True, True, False, False]
+
+
+def test_pipeline_trains_on_what_the_door_lets_in(tmp_path: Path) -> None:
+    door = {"path": "maspo_ray.door:TrainStale", "args": {"max_lag": 4}}
+    behaviour = Behaviour(sigma=1.2, train_s=20.0)
+    seen = _run(tmp_path, behaviour, engines=16, steps=10, groups_per_step=16, max_staleness=1, door=door)
+    _check_books(seen, max_staleness=4)
+    assert max(seen.staleness) > 1
+    assert max(row["staleness/over_bound_share"] for row in seen.metrics) > 0
 
 
 @settings(max_examples=25, deadline=None)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from maspo_ray.errors import RunError
@@ -71,7 +71,9 @@ def test_watch_rate_of_one_never_stops() -> None:
     assert watch.errors == 600
 
 
-@given(st.lists(st.booleans(), max_size=600), st.sampled_from([0.0, 0.05, 0.5, 0.9]))
+@example(failures=[True] + [False] * 40, rate=0.0)
+@example(failures=[True] * 31 + [False] + [True], rate=0.9)
+@given(failures=st.lists(st.booleans(), max_size=600), rate=st.sampled_from([0.0, 0.05, 0.5, 0.9]))
 def test_watch_stops_at_the_first_failure_that_makes_the_share_too_large(failures: list[bool], rate: float) -> None:
     def too_many(end: int) -> bool:
         recent = failures[max(0, end - 256) : end]
