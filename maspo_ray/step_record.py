@@ -10,7 +10,7 @@ the groups of the batch, their completions one after the other, or the tokens of
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -70,10 +70,27 @@ class StepRecord:
     shares: tuple[Share, ...]
 
 
-def payload_references(batch: Sequence[Experience]) -> list[Any]:
-    """Returns what the groups of a batch refer to, each once."""
-    of_groups = ((e.group.prompt, *e.group.payloads, e.reference_logprobs) for e in batch)
-    return [reference for references in of_groups for reference in dict.fromkeys(references) if reference is not None]
+def numbered(
+    batch: Sequence[Experience], shares: Sequence[Share]
+) -> tuple[list[Experience], list[Share], tuple[Any, ...]]:
+    """Returns a batch and its shares with a number in place of each reference, and the references that the numbers count.
+
+    A reference within an argument of a call costs Ray a message to and from its owner and more; the numbers cost nothing.
+    """
+    numbers: dict[Any, int] = {}
+
+    def number(reference: Any) -> int:
+        return numbers.setdefault(reference, len(numbers))
+
+    experiences = []
+    for experience in batch:
+        group, logprobs = experience.group, experience.reference_logprobs
+        rollouts = tuple([rollout._replace(payload=number(rollout.payload)) for rollout in group.rollouts])
+        group = replace(group, prompt=number(group.prompt), rollouts=rollouts)
+        reference_logprobs = None if logprobs is None else number(logprobs)
+        experiences.append(Experience(group, experience.advantages, reference_logprobs))
+    own = [(plans, tuple([number(payload) for payload in payloads])) for plans, payloads in shares]
+    return experiences, own, tuple(numbers)
 
 
 def write_step(
@@ -88,7 +105,7 @@ def write_step(
 
     Args:
         shares: of each rank, as `pack` made them of the batch.
-        values: what each of the `payload_references` refers to.
+        values: what each reference of the batch refers to; of one that is `numbered`, what each number counts.
     """
     columns = {
         "format": np.array(_FORMAT),

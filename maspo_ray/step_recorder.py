@@ -11,7 +11,7 @@ from typing import Any
 from maspo_ray.experience import Experience
 from maspo_ray.fleet import Fleet, named, within
 from maspo_ray.run_paths import RunPaths
-from maspo_ray.step_record import Share, payload_references, write_step
+from maspo_ray.step_record import Share, numbered, write_step
 
 
 class StepWriter:
@@ -24,11 +24,10 @@ class StepWriter:
         version: int,
         batch: Sequence[Experience],
         shares: Sequence[Share],
-        references: Sequence[Any],
         *values: Any,
     ) -> None:
-        """Ray replaces references among its arguments, `values`, by what they refer to, but not those within others."""
-        write_step(path, step, version, batch, shares, dict(zip(references, values, strict=True)))
+        """Writes the record of a step whose references are `numbered`; `values` are what the numbers count."""
+        write_step(path, step, version, batch, shares, dict(enumerate(values)))
 
 
 class StepRecorder:
@@ -51,8 +50,9 @@ class StepRecorder:
             shares: of each rank, as `pack` made them of the batch.
         """
         await self.finish()
-        path, references = self._folder.step_record(step).resolve(), payload_references(batch)
-        self._writing = step, self._writer.write.remote(path, step, version, batch, shares, references, *references)
+        path = self._folder.step_record(step).resolve()
+        own, own_shares, references = numbered(batch, shares)
+        self._writing = step, self._writer.write.remote(path, step, version, own, own_shares, *references)
 
     async def finish(self) -> None:
         """Waits until what was submitted is on disk.

@@ -22,7 +22,7 @@ from maspo_ray.experience import (
     VersionSpan,
 )
 from maspo_ray.packing import RankPlan, pack
-from maspo_ray.step_record import payload_references, read_step, write_step
+from maspo_ray.step_record import numbered, read_step, write_step
 
 
 def _batch(seed: int, num_groups: int, size: int, kl: bool) -> tuple[list[Experience], dict[Any, Any]]:
@@ -109,7 +109,9 @@ def test_record_read_back_gives_every_rank_the_same_plans_and_contents(
     batch, values = _batch(seed, ranks * updates, size, kl)
     shares = pack(batch, ranks, max_tokens, share, updates)
     path = tmp_path / "steps" / "step_000007.npz"
-    write_step(path, 7, 6, batch, shares, {reference: values[reference] for reference in payload_references(batch)})
+    own, own_shares, references = numbered(batch, shares)
+    assert len(set(references)) == len(references)
+    write_step(path, 7, 6, own, own_shares, {i: values[reference] for i, reference in enumerate(references)})
     record = read_step(path)
     assert (record.step, record.version, len(record.shares)) == (7, 6, ranks)
     for (plans, references), (read_plans, payloads) in zip(shares, record.shares, strict=True):
