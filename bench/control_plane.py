@@ -15,8 +15,9 @@ The simulation's own cost is what the same actors take when a plain loop asks th
 nothing with it. `with_simulation` is the figure with nothing taken off. Sizes run in turn; the least and the most stand beside the median.
 
 Memory is what tracemalloc counts, in a run of its own since counting slows it: RSS comes in pages that the allocator keeps, and blocks
-(`sys.getallocatedblocks`) have no size. That run has 4,096 groups in flight. It is taken after each weight update, at a full garbage collection, so that as many groups are in
-flight each time, from when the first of them have left to when the last are admitted. The slope is by least squares, with its standard error.
+(`sys.getallocatedblocks`) have no size. That run has 4,096 groups in flight. It is taken after each weight update, at a full garbage
+collection, so that as many groups are in flight each time, from when the first of them have left to when the last are admitted. The slope
+is by least squares, with its standard error.
 
 Ray's client is in none of this; what it takes of the same process is measured beside it, with a real local Ray. Nor is the record of each
 step (`logging.steps`), whose references go to an actor of Ray's.

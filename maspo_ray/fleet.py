@@ -248,7 +248,8 @@ async def within(seconds: float, missed: str, call: Awaitable[Any]) -> Any:
         RunError: it did not; `missed` says which deadline.
     """
     try:
-        return await asyncio.wait_for(call, seconds)
+        async with asyncio.timeout(seconds):
+            return await call
     except TimeoutError:
         raise RunError(f"{missed} ({seconds:g} s). See the actors' logs, or raise it.") from None
 
