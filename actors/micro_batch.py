@@ -59,7 +59,7 @@ def gather_micro_batch(
         [(payloads[bundle.prompt].token_ids, list(islice(ids, len(bundle.items)))) for bundle in bundles], device
     )
     counts = [item.num_tokens for item in items]
-    newest = max(span.version for completion in completions for span in completion.spans)
+    newest = max(completion.spans[-1].version for completion in completions)
     assert newest <= version, f"a token was sampled by weights newer than version {version}"
     lags = np.array([version - completion.spans[0].version for completion in completions])
     references = [payloads[item.reference[0]][item.reference[1]] for item in items if item.reference is not None]

@@ -5,7 +5,8 @@
 Runs `maspo train` once for each seed, one after the other, in a new folder each, and reports what the runs wrote down. Flags after
 `--` go to `maspo train`. Minutes are wall time of the whole command, start-up included.
 
-With `--against DIR`, another checkout of the project in which the model and the data were made, each seed runs there too, in turn, and
+With `--against DIR`, another checkout of the project in which the model and the data were made, each seed runs there too, in turn, by the
+config of this name there, and
 `minutes_over_other` is the ratio of the minutes: a machine's speed changes from hour to hour, so that minutes of two days say nothing.
 """
 
@@ -49,13 +50,17 @@ def main() -> None:
     folder = Path("runs").absolute() / f"learning-{time.strftime('%Y%m%d-%H%M%S')}"
     rows, ratios = [], []
     print("seed  before   after  steps  minutes  staleness mean/max  learner waited  rollout idle  parity max")
+    checkouts = {"this": Path()} | ({"other": options.against} if options.against is not None else {})
     for seed in options.seeds:
-        rows.append(run_seed(Path(), options.config, seed, folder / f"seed_{seed}", flags))
-        print(row_text(rows[-1]), flush=True)
-        if options.against is not None:
-            other = run_seed(options.against, options.config, seed, folder / f"other_{seed}", flags)
-            print(f"{row_text(other)}  (the other checkout)", flush=True)
-            ratios.append(rows[-1]["minutes"] / other["minutes"])
+        found = {}
+        for name, checkout in checkouts.items():
+            found[name] = run_seed(checkout, options.config, seed, folder / f"{name}_{seed}", flags)
+            print(f"{row_text(found[name])}  {name if len(checkouts) > 1 else ''}", flush=True)
+        rows.append(found["this"])
+        if "other" in found:
+            ratios.append(found["this"]["minutes"] / found["other"]["minutes"])
+        # The other way round next time, for what drifts.
+        checkouts = dict(reversed(checkouts.items()))
     names = ("accuracy_before", "accuracy_after", "minutes")
     medians = {name: statistics.median(row[name] for row in rows) for name in names}
     figures: dict[str, Any] = {"bench": "learning", "config": options.config, "median": medians, "runs": rows}

@@ -1,7 +1,7 @@
 """What flows through the pipeline, from a prompt to what the learner trains on.
 
-Promise: plain frozen data, no engine, no Ray. Two sizes of thing live here: payloads (`Prompt`, `Completion`), which stay in
-the object store and travel by reference, and the small facts about them (`CompletionFacts`, `Verdict`, `Rollout`, `Group`),
+Promise: plain frozen data, no engine, no Ray. Two sizes of thing live here: payloads (`Prompt`, `Completion`), which stay
+with Ray and travel by reference, and the small facts about them (`CompletionFacts`, `Verdict`, `Rollout`, `Group`),
 which the controller works with. Token ids go in and come out; nothing is tokenised twice.
 """
 
@@ -66,7 +66,7 @@ class Completion:
 
 
 class CompletionFacts(NamedTuple):
-    """What the controller needs to know of a completion; never its tokens. A controller has very many."""
+    """What the controller needs to know of a completion; never its tokens. A tuple, since a controller has very many."""
 
     num_tokens: int
     min_version: int
@@ -120,10 +120,10 @@ class Verdict:
 
 
 class Rollout(NamedTuple):
-    """One completion with its verdict. A controller has very many.
+    """One completion with its verdict. A tuple, since a controller has very many.
 
     Attributes:
-        payload: refers to the list of `Completion`s that this one ended together with, in the object store.
+        payload: refers to the list of `Completion`s that this one ended together with.
         position: its place in that list.
     """
 

@@ -26,8 +26,8 @@ _SHUTDOWN_S = 5.0
 _TRANSFER_CALLS = 6
 """A transfer is at most so many calls, one after the other, each with the deadline `pipeline.weight_sync_timeout_s`."""
 _MORE_CALLS = 4096
-"""Calls that an async actor holds at once, besides one for each group under way, so that none waits behind these: what it works on at
-once is its engine's affair."""
+"""Calls that an async actor holds at once besides one for each group under way, so that a weight update never waits behind these; what
+it works on at once is its engine's affair."""
 CPU_ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",

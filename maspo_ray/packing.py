@@ -20,7 +20,7 @@ _TOKENS_WORTH_OF_PAIRS = 12_288
 
 
 class Item(NamedTuple):
-    """One rollout to train on. A step has very many.
+    """One rollout to train on. A tuple, since a step has very many.
 
     Attributes:
         completion: position of a list of completions in the rank's payloads, and its own in the list.

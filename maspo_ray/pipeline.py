@@ -89,6 +89,7 @@ class Pipeline:
             with self._timeline.span("learner", "wait", step=step):
                 batch = await self._next_batch()
             waited_s = monotonic() - started
+            object_store_bytes = await self._fleet.object_store_used_bytes()
             metrics = self._producer.take_metrics()
             learned = await self._learn(batch, step, metrics)
             self._expire(tasks)
@@ -103,7 +104,7 @@ class Pipeline:
                 "groups/stale": float(self._intake.counts["stale"] - stale_before),
                 "groups/running": float(self._intake.running),
                 "groups/ready": float(self._intake.ready),
-                "object_store/used_mib": await self._fleet.object_store_used_bytes() / 2**20,
+                "object_store/used_mib": object_store_bytes / 2**20,
                 "tokens/generated": float(self._pool.tokens_generated - tokens_before),
             }
             self._record.step(row)

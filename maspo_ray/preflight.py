@@ -190,9 +190,9 @@ def check_object_store(config: RunConfig, capacity_bytes: float) -> None:
     groups = pipeline.max_groups_under_way
     group_bytes = rollout.group_size * rollout.max_new_tokens * _TOKEN_BYTES
     if groups * group_bytes > capacity_bytes:
-        field = f"pipeline.groups_per_step is {pipeline.groups_per_step}"
-        if pipeline.max_staleness > 0:
-            field = f"pipeline.max_staleness is {pipeline.max_staleness}"
+        field = f"pipeline.max_staleness is {pipeline.max_staleness}"
+        if pipeline.groups_per_step * group_bytes > capacity_bytes:
+            field = f"pipeline.groups_per_step is {pipeline.groups_per_step}"
         raise ConfigError(
             f"{field}; so {groups:,} groups may be under way at once, up to "
             f"{groups * group_bytes / 2**30:.3g} GiB of tokens and log-probs, more than the object store's "
@@ -217,12 +217,12 @@ def check_run_dir(config: RunConfig, resume: bool) -> None:
         raise ConfigError(f"{where}; {'it' if there == run_dir else there} is a file. Give a new run_dir.")
     if not os.access(there, os.W_OK):
         raise ConfigError(f"{where}; {there} cannot be written to. Give a run_dir that can.")
-    for path in map(run_dir.joinpath, _WRITTEN):
-        if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
-            raise ConfigError(f"{where}; {path} cannot be written to. Remove it, or give a new run_dir.")
     if any((run_dir / name).exists() for name in ("metrics.jsonl", "final", "config.yaml")):
         kind = "a finished" if _is_finished(run_dir) else "an unfinished"
         raise ConfigError(f"{where}; it already holds {kind} run. Give a new run_dir or remove it.")
+    for path in map(run_dir.joinpath, _WRITTEN):
+        if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
+            raise ConfigError(f"{where}; {path} cannot be written to. Remove it, or give a new run_dir.")
 
 
 def _is_finished(run_dir: Path) -> bool:

@@ -34,14 +34,15 @@ class RunFolder(RunPaths):
 
     def _open(self, config: RunConfig) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-        self.config.write_text(resolved)
-        self._metrics: list[MetricSink] = [JsonlSink(self.metrics)]
-        if config.logging.tensorboard:
-            self._metrics.append(TensorBoardSink(self.path / "tensorboard"))
         self._trace = TraceWriter(self.path / "timeline.json") if config.logging.timeline else None
         self._ledger = JsonlWriter(self.path / "ledger.jsonl")
         self._eval = JsonlWriter(self.path / "eval.jsonl")
+        self._metrics: list[MetricSink] = []
+        if config.logging.tensorboard:
+            self._metrics.append(TensorBoardSink(self.path / "tensorboard"))
+        # Last: by these two a folder is known to hold a run.
+        self._metrics.append(JsonlSink(self.metrics))
+        self.config.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
     def write_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         for sink in self._metrics:

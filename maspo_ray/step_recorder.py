@@ -1,6 +1,6 @@
 """Writes what each step consumes, beside the learner that consumes it.
 
-Promise: tokens go from the object store to the file without passing through the controller; one step's record is being written at a time,
+Promise: tokens go to the file by reference, the controller looks at none; one step's record is being written at a time,
 and one that cannot be written ends the run with its cause. What a record holds is `step_record`'s.
 """
 

@@ -125,7 +125,7 @@ CASES: dict[str, Case] = {
     "broken JSON": (_rows(GOOD_ROW, "{not json"), BROKEN, "data.train.path is broken.jsonl; line 2 is not JSON ("),
     "no answer column": (_rows(GOOD_ROW, '{"prompt": "1+2="}'), BROKEN, "data.train.path is broken.jsonl; line 2 lacks the column answer (it has prompt). Set data.train.answer_column."),
     "staleness that no object store holds": (None, ["--pipeline.max_staleness", "100000", "--pipeline.steps", "200000"], "pipeline.max_staleness is 100000; so 1,600,016 groups may be under way at once, up to"),
-    "steps that no object store holds": (None, ["--pipeline.max_staleness", "0", "--pipeline.groups_per_step", "1000000"], "pipeline.groups_per_step is 1000000; so 1,000,000 groups may be under way at once, up to"),
+    "steps that no object store holds": (None, ["--pipeline.groups_per_step", "1000000"], "pipeline.groups_per_step is 1000000; so 2,000,000 groups may be under way at once, up to"),
     "timeline that cannot be written": (_folder_for_a_timeline, [], "run_dir is out; out/timeline.json cannot be written to. Remove it, or give a new run_dir."),
     "finished run": (_finished_run, [], "run_dir is out; it already holds a finished run. Give a new run_dir or remove it."),
 }  # fmt: skip
