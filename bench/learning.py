@@ -6,8 +6,8 @@ Runs `maspo train` once for each seed, one after the other, in a new folder each
 `--` go to `maspo train`. Minutes are wall time of the whole command, start-up included.
 
 With `--against DIR`, another checkout of the project in which the model and the data were made, each seed runs there too, in turn, by the
-config of this name there, and
-`minutes_over_other` is the ratio of the minutes: a machine's speed changes from hour to hour, so that minutes of two days say nothing.
+config of this name there, and `minutes_over_other` is the ratio of the minutes: a machine's speed changes from hour to hour, so that
+minutes of two days say nothing.
 """
 
 import argparse

@@ -75,7 +75,7 @@ def numbered(
 ) -> tuple[list[Experience], list[Share], tuple[Any, ...]]:
     """Returns a batch and its shares with a number in place of each reference, and the references that the numbers count.
 
-    A reference within an argument of a call costs Ray a message to and from its owner and more; the numbers cost nothing.
+    A reference within an argument of a call is one more that Ray has to keep count of, in the process that borrows it and its owner.
     """
     numbers: dict[Any, int] = {}
 
