@@ -180,7 +180,7 @@ class DeepSpeedLearner:
 
         from actors.micro_batch import gather_micro_batch
         from maspo_ray.objectives import importance_weights, policy_loss
-        from maspo_ray.tensor_ops import kl_estimate, masked_sum
+        from maspo_ray.objectives.tensor_ops import kl_estimate, masked_sum
 
         batch = gather_micro_batch(bundles, payloads, self._version, self._device)
         logprobs, entropy = self._engine(batch.tokens, self._temperature)

@@ -12,8 +12,8 @@ from torch import Tensor
 from maspo_ray.objectives.base import PolicyLoss
 from maspo_ray.objectives.breakdown import Breakdown
 from maspo_ray.objectives.metrics import objective_sums
+from maspo_ray.objectives.tensor_ops import masked_sum
 from maspo_ray.packing import RankPlan
-from maspo_ray.tensor_ops import masked_sum
 
 _SHARES = {
     "gate_sum": "objective/gate_mean",

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from actors import tree_attention
 from actors.token_batch import Bundled, TokenBatch, lay_out
 from maspo_ray.config import LoraConfig, ModelConfig
-from maspo_ray.tensor_ops import chunked_logprobs
+from maspo_ray.objectives.tensor_ops import chunked_logprobs
 
 Attention = Literal["trees", "blocks", "packed", "alone"]
 """How sequences of one row are kept apart. `trees` and `blocks` let completions share a prompt: our own attention over PyTorch's, or

@@ -40,11 +40,11 @@ import numpy as np
 import ray
 
 from bench.simulated import Behaviour, SimulatedFleet, VirtualLoop, simulated_config, simulated_pipeline
-from maspo_ray.cluster import connected
 from maspo_ray.config import PlacementConfig
 from maspo_ray.experience import Completion, CompletionFacts, Prompt, Verdict, VersionSpan
-from maspo_ray.garbage import collecting_rarely
-from maspo_ray.pipeline import Pipeline
+from maspo_ray.fleet.ray_session import connected
+from maspo_ray.pipeline.garbage import collecting_rarely
+from maspo_ray.pipeline.loop import Pipeline
 
 SIZES = (64, 1024)
 GROUPS_PER_STEP, MAX_STALENESS, SAMPLES, RANKS = 4096, 3, 8, 64

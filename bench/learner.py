@@ -28,7 +28,7 @@ from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
-from maspo_ray.fleet import CPU_ALLOCATOR
+from maspo_ray.fleet.fleet import CPU_ALLOCATOR
 from maspo_ray.preflight import CPU_INFO, has_fast_bfloat16
 
 Ratio = tuple[float, float, float]
@@ -120,7 +120,7 @@ class Bench:
         import numpy as np
         import torch
 
-        from maspo_ray.tensor_ops import chunked_logprobs
+        from maspo_ray.objectives.tensor_ops import chunked_logprobs
 
         sequences = batch.sequences()
         width = max(map(len, sequences))
@@ -204,7 +204,7 @@ def objective_share(batch: Any, step: Callable[[], object], repeats: int) -> Rat
     from actors.learner_metrics import UpdateSums
     from maspo_ray.config import MaspoConfig
     from maspo_ray.objectives import policy_loss
-    from maspo_ray.tensor_ops import masked_sum
+    from maspo_ray.objectives.tensor_ops import masked_sum
 
     tokens = sum(r.facts.num_tokens for e in batch.experiences for r in e.group.rollouts)
     old, entropy, advantages = torch.randn(tokens) - 8, torch.rand(tokens), torch.randn(tokens)

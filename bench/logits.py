@@ -21,7 +21,7 @@ def probe(form: str, tokens: int, vocabulary: int, width: int) -> dict[str, floa
     """Returns extra peak memory in MiB, and seconds, of one forward and backward pass in this process."""
     import torch
 
-    from maspo_ray.tensor_ops import chunked_logprobs
+    from maspo_ray.objectives.tensor_ops import chunked_logprobs
 
     torch.manual_seed(0)
     hidden = torch.randn(tokens, width, requires_grad=True)

@@ -21,8 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from maspo_ray.checks import ParityCheck
 from maspo_ray.config import RunConfig
+from maspo_ray.data.prompts import PromptStream
+from maspo_ray.data.samplers import UniformSampler
+from maspo_ray.evaluation.parity import ParityCheck
 from maspo_ray.experience import (
     Completion,
     CompletionFacts,
@@ -33,15 +35,14 @@ from maspo_ray.experience import (
     Verdict,
     VersionSpan,
 )
-from maspo_ray.loading import load_door
-from maspo_ray.pipeline import Pipeline
-from maspo_ray.progress import Progress
-from maspo_ray.prompts import PromptStream
-from maspo_ray.rollout_pool import ErrorWatch, RolloutPool
-from maspo_ray.run_folder import RunFolder
-from maspo_ray.run_record import RunRecord
-from maspo_ray.samplers import UniformSampler
-from maspo_ray.timeline import Timeline
+from maspo_ray.fleet.loading import load_door
+from maspo_ray.pipeline.loop import Pipeline
+from maspo_ray.rollouts.error_watch import ErrorWatch
+from maspo_ray.rollouts.pool import RolloutPool
+from maspo_ray.run_dir.folder import RunFolder
+from maspo_ray.run_dir.history import RunRecord
+from maspo_ray.run_dir.progress import Progress
+from maspo_ray.run_dir.timeline import Timeline
 
 
 class _Waiting(selectors.DefaultSelector):

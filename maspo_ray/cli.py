@@ -63,8 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _check(path: str, overrides: Sequence[str]) -> int:
-    from maspo_ray.loading import load_plugins
-    from maspo_ray.placement import config_nodes, demands, plan
+    from maspo_ray.fleet.loading import load_plugins
+    from maspo_ray.fleet.placement import config_nodes, demands, plan
     from maspo_ray.preflight import preflight
 
     config = load_config(path, overrides)
@@ -80,7 +80,7 @@ def _train(path: str, overrides: Sequence[str], resume: bool) -> int:
     config = load_config(path, overrides)
     # Ray takes seconds to import; a wrong key is answered without them.
     from maspo_ray.controller import train
-    from maspo_ray.summary import summary_text
+    from maspo_ray.run_dir.summary import summary_text
 
     summary = train(config, resume)
     print(summary_text(summary))
@@ -88,11 +88,11 @@ def _train(path: str, overrides: Sequence[str], resume: bool) -> int:
 
 
 def _replay(run_dir: Path, step: int, start: int | None, overrides: Sequence[str]) -> int:
-    from maspo_ray.replay_plan import plan_replay
+    from maspo_ray.replay.plan import plan_replay
 
     plan = plan_replay(run_dir, step, start, overrides)
     # As for training: what is not there is answered without Ray.
-    from maspo_ray.replay import replay
+    from maspo_ray.replay.replay import replay
 
     print(f"replaying steps {plan.start + 1} to {step} from {plan.state or plan.config.model.path}", flush=True)
     difference = replay(plan, lambda line: print(line, flush=True))

@@ -11,24 +11,26 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from maspo_ray.checks import Evaluator, ParityCheck
-from maspo_ray.cluster import connected, object_store_bytes
 from maspo_ray.config import RunConfig
-from maspo_ray.curves import draw_curves
+from maspo_ray.data.prompts import PromptStream, load_prompts
+from maspo_ray.evaluation.evaluator import Evaluator
+from maspo_ray.evaluation.parity import ParityCheck
 from maspo_ray.experience import Prompt
-from maspo_ray.fleet import Fleet
-from maspo_ray.loading import Plugins, load_plugins
-from maspo_ray.pipeline import Pipeline
-from maspo_ray.placement import Plan, demands
+from maspo_ray.fleet.fleet import Fleet
+from maspo_ray.fleet.loading import Plugins, load_plugins
+from maspo_ray.fleet.placement import Plan, demands
+from maspo_ray.fleet.ray_session import connected, object_store_bytes
+from maspo_ray.fleet.reservation import Reservation, reserve, wait_for_cluster
+from maspo_ray.pipeline.loop import Pipeline
 from maspo_ray.preflight import check_object_store, preflight
-from maspo_ray.progress import Progress
-from maspo_ray.prompts import PromptStream, load_prompts
-from maspo_ray.reservation import Reservation, reserve, wait_for_cluster
-from maspo_ray.rollout_pool import ErrorWatch, RolloutPool
-from maspo_ray.run_folder import RunFolder
-from maspo_ray.run_record import RunRecord
-from maspo_ray.summary import RunSummary
-from maspo_ray.timeline import Timeline
+from maspo_ray.rollouts.error_watch import ErrorWatch
+from maspo_ray.rollouts.pool import RolloutPool
+from maspo_ray.run_dir.curves import draw_curves
+from maspo_ray.run_dir.folder import RunFolder
+from maspo_ray.run_dir.history import RunRecord
+from maspo_ray.run_dir.progress import Progress
+from maspo_ray.run_dir.summary import RunSummary
+from maspo_ray.run_dir.timeline import Timeline
 
 
 def train(config: RunConfig, resume: bool = False) -> RunSummary:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from safetensors import SafetensorError, safe_open
 
 from maspo_ray.config import DataConfig, JsonlSource, LoraConfig, ModelConfig, RunConfig
-from maspo_ray.data_sources import read_rows
+from maspo_ray.data.sources import read_rows
 from maspo_ray.errors import ConfigError
 
 # vLLM 0.32.0, CPUAttentionBackend.get_supported_head_sizes: with another size the engine fails only after its start.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from maspo_ray.config import ObjectiveConfig
 from maspo_ray.errors import ConfigError
-from maspo_ray.tensor_ops import MAX_LOG_RATIO, compute_dtype
+from maspo_ray.objectives.tensor_ops import MAX_LOG_RATIO, compute_dtype
 
 ConfigT_contra = TypeVar("ConfigT_contra", contravariant=True)
 

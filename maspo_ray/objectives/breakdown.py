@@ -10,7 +10,7 @@ from torch import Tensor
 from maspo_ray.objectives.base import PolicyLoss
 from maspo_ray.objectives.metrics import REFERENCE_CLIP
 from maspo_ray.objectives.peers import within_clip
-from maspo_ray.tensor_ops import MAX_LOG_RATIO
+from maspo_ray.objectives.tensor_ops import MAX_LOG_RATIO
 
 _MAX_LAG = 15
 _LABELS = (

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from maspo_ray.objectives.base import PolicyLoss
 from maspo_ray.objectives.peers import within_clip
-from maspo_ray.tensor_ops import masked_sum
+from maspo_ray.objectives.tensor_ops import masked_sum
 
 REFERENCE_CLIP = 0.2
 """GRPO's usual ε: what a hard clip would have thrown away."""

@@ -12,9 +12,9 @@ from actors.rewards.exact_match import ExactMatchReward
 from actors.rewards.math_verify import MathVerifyReward
 from actors.rewards.reasoning_gym import ReasoningGymReward
 from maspo_ray.config import ReasoningGymSource, load_config
-from maspo_ray.data_sources import read_rows
+from maspo_ray.data.sources import read_rows
 from maspo_ray.experience import Completion, Outcome, Prompt, Verdict
-from maspo_ray.loading import load_actor_class
+from maspo_ray.fleet.loading import load_actor_class
 from maspo_ray.protocols import RewardActor
 from maspo_ray.testing import check_reward_actor, make_completion, make_prompt
 

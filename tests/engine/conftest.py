@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import ray
 
-from maspo_ray.cluster import connected
 from maspo_ray.config import PlacementConfig
+from maspo_ray.fleet.ray_session import connected
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples" / "quickstart"))

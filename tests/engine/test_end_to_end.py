@@ -13,7 +13,7 @@ import psutil
 import pytest
 import yaml
 
-from maspo_ray.step_record import read_step
+from maspo_ray.run_dir.step_record import read_step
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.engine, pytest.mark.ray]

@@ -29,8 +29,8 @@ from maspo_ray.experience import (
     VersionSpan,
 )
 from maspo_ray.objectives import policy_loss
+from maspo_ray.objectives.tensor_ops import kl_estimate
 from maspo_ray.packing import pack
-from maspo_ray.tensor_ops import kl_estimate
 
 pytestmark = [pytest.mark.engine, pytest.mark.ray]
 TEMPERATURE, KL, LR, STEPS, IMPORTANCE_CAP = 0.8, 0.1, 1e-3, 3, 1.5

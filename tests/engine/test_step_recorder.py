@@ -11,9 +11,9 @@ import ray
 from maspo_ray.errors import RunError
 from maspo_ray.experience import Completion, CompletionFacts, Experience, Group, Prompt, Rollout, Verdict, VersionSpan
 from maspo_ray.packing import pack
-from maspo_ray.run_paths import RunPaths
-from maspo_ray.step_record import read_step
-from maspo_ray.step_recorder import StepRecorder
+from maspo_ray.pipeline.step_recorder import StepRecorder
+from maspo_ray.run_dir.paths import RunPaths
+from maspo_ray.run_dir.step_record import read_step
 
 pytestmark = [pytest.mark.engine, pytest.mark.ray]
 

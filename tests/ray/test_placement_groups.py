@@ -16,8 +16,8 @@ import ray
 from ray.cluster_utils import Cluster
 
 from maspo_ray.errors import ConfigError
-from maspo_ray.placement import Node, Plan, RoleDemand, Slot, plan
-from maspo_ray.reservation import Reservation, cluster_nodes, reserve, wait_for_cluster
+from maspo_ray.fleet.placement import Node, Plan, RoleDemand, Slot, plan
+from maspo_ray.fleet.reservation import Reservation, cluster_nodes, reserve, wait_for_cluster
 
 pytestmark = pytest.mark.ray
 

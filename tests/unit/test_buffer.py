@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maspo_ray.buffer import ReadyBuffer
 from maspo_ray.experience import CompletionFacts, Experience, Group, Rollout, Verdict
+from maspo_ray.groups.buffer import ReadyBuffer
 
 
 def _experience(group_id: int, *min_versions: int) -> Experience:

@@ -12,8 +12,8 @@ import yaml
 from actors.vllm_rollout import engine_arguments
 from maspo_ray.cli import main
 from maspo_ray.config import ModelConfig, RolloutConfig, RunConfig, load_config
-from maspo_ray.fleet import actor_environment
-from maspo_ray.placement import Slot
+from maspo_ray.fleet.fleet import actor_environment
+from maspo_ray.fleet.placement import Slot
 from maspo_ray.weight_sync import backend_for
 
 GPU = Path(__file__).parents[2] / "examples" / "gpu"

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from maspo_ray.checks import Parity, compare_logprobs
+from maspo_ray.evaluation.parity import Parity, compare_logprobs
 
 
 def test_compare_logprobs_is_over_all_tokens_of_all_sequences() -> None:

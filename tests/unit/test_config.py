@@ -25,7 +25,7 @@ from maspo_ray.config import (
     SamplerConfig,
     load_config,
 )
-from maspo_ray.errors import field_paths
+from maspo_ray.config.faults import field_paths
 
 TREE: dict[str, Any] = {
     "model": {"path": "org/model"},
@@ -152,7 +152,7 @@ def test_overlong_is_off_unless_set_and_a_flag_is_enough(tmp_path: Path) -> None
 
 
 def test_sampler_is_uniform_unless_named_and_its_args_can_be_given_as_a_flag(tmp_path: Path) -> None:
-    assert _load(tmp_path).data.sampler == SamplerConfig(path="maspo_ray.samplers:UniformSampler", args={})
+    assert _load(tmp_path).data.sampler == SamplerConfig(path="maspo_ray.data.samplers:UniformSampler", args={})
     flags = ("--data.sampler.path", "my_samplers:S", "--data.sampler.args", '{"decay": 0.5}')
     assert _load(tmp_path, {}, *flags).data.sampler == SamplerConfig(path="my_samplers:S", args={"decay": 0.5})
 

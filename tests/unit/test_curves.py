@@ -10,9 +10,9 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.image import imread
 
-from maspo_ray.curves import curves_figure, draw_curves, running_mean
-from maspo_ray.metrics import json_bytes
-from maspo_ray.summary import RunSummary, duration_text, percent_text, summary_text
+from maspo_ray.run_dir.curves import curves_figure, draw_curves, running_mean
+from maspo_ray.run_dir.sinks import json_bytes
+from maspo_ray.run_dir.summary import RunSummary, duration_text, percent_text, summary_text
 
 SUMMARY = RunSummary(
     run_dir="runs/quickstart",

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from maspo_ray.config import load_config
-from maspo_ray.loading import load_classes
-from maspo_ray.placement import config_nodes, demands, plan
+from maspo_ray.fleet.loading import load_classes
+from maspo_ray.fleet.placement import config_nodes, demands, plan
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CONFIGS = sorted({*EXAMPLES.rglob("run*.yaml"), *(EXAMPLES / "gpu").glob("*.yaml")})

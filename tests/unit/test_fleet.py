@@ -11,7 +11,8 @@ import pytest
 
 from bench.simulated import simulated_config
 from maspo_ray.errors import RunError
-from maspo_ray.fleet import Fleet, LateError, all_within, within
+from maspo_ray.fleet.calls import LateError, all_within, within
+from maspo_ray.fleet.fleet import Fleet
 
 
 async def _answer(after_s: float) -> int:

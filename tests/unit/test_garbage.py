@@ -4,7 +4,7 @@ import gc
 
 import pytest
 
-from maspo_ray.garbage import collecting_rarely
+from maspo_ray.pipeline.garbage import collecting_rarely
 
 
 def test_collecting_rarely_is_rarer_within_and_as_before_after_a_failure() -> None:

@@ -7,11 +7,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from maspo_ray.door import DropStale, TrainStale
 from maspo_ray.errors import ConfigError
 from maspo_ray.experience import CompletionFacts, Experience, Group, Rollout, Verdict
-from maspo_ray.intake import Intake
-from maspo_ray.ledger import GroupOutcome
+from maspo_ray.groups.intake import Intake
+from maspo_ray.groups.late_policy import DropStale, TrainStale
+from maspo_ray.groups.ledger import GroupOutcome
 
 
 def _experience(group_id: int, submitted: int, min_version: int, max_version: int) -> Experience:

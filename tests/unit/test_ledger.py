@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maspo_ray.ledger import GroupLedger, GroupOutcome
+from maspo_ray.groups.ledger import GroupLedger, GroupOutcome
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from maspo_ray.config import DataConfig, PipelineConfig, RunConfig
-from maspo_ray.door import DropStale, TrainStale
+from maspo_ray.data.samplers import PassRateSampler, UniformSampler
 from maspo_ray.errors import ConfigError
-from maspo_ray.loading import PROTOCOLS, load_actor_class, load_classes, load_door, load_sampler, protocol_methods
+from maspo_ray.fleet.loading import PROTOCOLS, load_actor_class, load_classes, load_door, load_sampler, protocol_methods
+from maspo_ray.groups.late_policy import DropStale, TrainStale
 from maspo_ray.protocols import DoorPolicy, Sampler
-from maspo_ray.samplers import PassRateSampler, UniformSampler
 
 Write = Callable[[str], str]
 
@@ -216,7 +216,7 @@ def test_load_sampler_is_uniform_unless_named_and_has_the_datas_seed_and_shuffle
     sampler, expected = _load_sampler(), UniformSampler(5, shuffle=True, seed=3)
     assert isinstance(sampler, UniformSampler)
     assert [sampler.next() for _ in range(10)] == [expected.next() for _ in range(10)]
-    assert isinstance(_load_sampler("maspo_ray.samplers:PassRateSampler", decay=0.9), PassRateSampler)
+    assert isinstance(_load_sampler("maspo_ray.data.samplers:PassRateSampler", decay=0.9), PassRateSampler)
 
 
 def test_load_sampler_of_the_users_own_receives_its_args(write: Write) -> None:
@@ -230,8 +230,8 @@ def test_load_sampler_of_the_users_own_receives_its_args(write: Write) -> None:
 def test_load_sampler_faults_name_the_field() -> None:
     path = "data.sampler.path is no_such:S; there is no module no_such."
     assert _sampler_fault("no_such:S").startswith(path)
-    assert _sampler_fault("maspo_ray.samplers:Uniform") == (
-        "data.sampler.path is maspo_ray.samplers:Uniform; module maspo_ray.samplers has no class Uniform. Name one that it has."
+    assert _sampler_fault("maspo_ray.data.samplers:Uniform") == (
+        "data.sampler.path is maspo_ray.data.samplers:Uniform; module maspo_ray.data.samplers has no class Uniform. Name one that it has."
     )
 
 
@@ -243,7 +243,7 @@ def test_load_sampler_that_lacks_a_method_is_told_which(write: Write) -> None:
 
 
 def test_load_sampler_wrong_args_are_answered_before_a_sampler_is_made(write: Write) -> None:
-    path = "maspo_ray.samplers:PassRateSampler"
+    path = "maspo_ray.data.samplers:PassRateSampler"
     assert _sampler_fault(path, decay=2) == (
         "data.sampler.args.decay is 2; it must be at least 0 and below 1. Set it to 0.5."
     )
@@ -266,7 +266,7 @@ def _load_door(path: str | None = None, **args: object) -> DoorPolicy:
 
 
 def test_load_door_drops_unless_another_is_named_and_knows_the_bound() -> None:
-    door, late = _load_door(), _load_door("maspo_ray.door:TrainStale", max_lag=5)
+    door, late = _load_door(), _load_door("maspo_ray.groups.late_policy:TrainStale", max_lag=5)
     assert isinstance(door, DropStale) and isinstance(late, TrainStale)
     assert (door.oldest_version(9), late.oldest_version(9)) == (9 - 2, 9 - 5)
 
@@ -285,8 +285,16 @@ def test_load_door_of_the_users_own_receives_its_args(write: Write) -> None:
     ("path", "args", "fault"),
     [
         ("no_such:D", {}, "pipeline.door.path is no_such:D; there is no module no_such."),
-        ("maspo_ray.samplers:UniformSampler", {}, "the class has no method oldest_version, which DoorPolicy needs."),
-        ("maspo_ray.door:TrainStale", {}, "pipeline.door.args is {}; TrainStale does not take it (TypeError: "),
+        (
+            "maspo_ray.data.samplers:UniformSampler",
+            {},
+            "the class has no method oldest_version, which DoorPolicy needs.",
+        ),
+        (
+            "maspo_ray.groups.late_policy:TrainStale",
+            {},
+            "pipeline.door.args is {}; TrainStale does not take it (TypeError: ",
+        ),
     ],
 )
 def test_load_door_faults_name_the_field(path: str, args: dict[str, object], fault: str) -> None:

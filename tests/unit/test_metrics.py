@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from maspo_ray.idle import IdleMeter
-from maspo_ray.metrics import JsonlSink, JsonlWriter, StepMetrics, TensorBoardSink, combine_updates, json_bytes
+from maspo_ray.rollouts.idle import IdleMeter
+from maspo_ray.run_dir.metrics import StepMetrics, combine_updates
+from maspo_ray.run_dir.sinks import JsonlSink, JsonlWriter, TensorBoardSink, json_bytes
 
 
 def test_metrics_mean_is_weighted() -> None:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from maspo_ray.errors import RunError
-from maspo_ray.model_difference import model_difference
+from maspo_ray.replay.model_difference import model_difference
 
 NAN, INF = float("nan"), float("inf")
 

@@ -7,7 +7,7 @@ import pytest
 from maspo_ray.advantages import group_advantages
 from maspo_ray.config import AdvantageConfig, OverlongConfig
 from maspo_ray.experience import CompletionFacts, Outcome, Rollout, Verdict
-from maspo_ray.overlong import overlong_penalty, trained_advantages, why_not_trained
+from maspo_ray.groups.overlong import overlong_penalty, trained_advantages, why_not_trained
 
 # L_max 20, L_cache 4: free up to 16 tokens.
 CONFIG = OverlongConfig(buffer_tokens=4, penalty=2.0)

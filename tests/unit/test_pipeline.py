@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.simulated import Behaviour, SimulatedFleet, VirtualLoop, simulated_config, simulated_pipeline
-from maspo_ray.checks import EvalResult
 from maspo_ray.controller import _first_cause
 from maspo_ray.errors import RunError
+from maspo_ray.evaluation.evaluator import EvalResult
 from maspo_ray.experience import Prompt
 
 PROMPTS = [Prompt(f"p/{i}", "", np.arange(5, dtype=np.int32), "") for i in range(7)]
@@ -234,7 +234,7 @@ def test_pipeline_generates_while_it_evaluates(tmp_path: Path) -> None:
 
 
 def test_pipeline_trains_on_what_the_door_lets_in(tmp_path: Path) -> None:
-    door = {"path": "maspo_ray.door:TrainStale", "args": {"max_lag": 4}}
+    door = {"path": "maspo_ray.groups.late_policy:TrainStale", "args": {"max_lag": 4}}
     behaviour = Behaviour(sigma=1.2, train_s=20.0)
     seen = _run(tmp_path, behaviour, engines=16, steps=10, groups_per_step=16, max_staleness=1, door=door)
     _check_books(seen, max_staleness=4)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from maspo_ray.config import PlacementConfig, RunConfig
 from maspo_ray.errors import ConfigError
-from maspo_ray.placement import Node, Plan, RoleDemand, config_nodes, demands, plan
+from maspo_ray.fleet.placement import Node, Plan, RoleDemand, config_nodes, demands, plan
 
 TWO_NODES = (Node("a", 8, 64), Node("b", 8, 64))
 
@@ -336,6 +336,6 @@ def test_config_nodes_of_a_cluster_have_its_counts_and_unbounded_cpus_if_not_giv
 
 
 def test_placement_import_leaves_ray_and_torch_unloaded() -> None:
-    code = "import sys, maspo_ray.placement; sys.exit(bool({'ray', 'torch'} & sys.modules.keys()))"
+    code = "import sys, maspo_ray.fleet.placement; sys.exit(bool({'ray', 'torch'} & sys.modules.keys()))"
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -10,8 +10,9 @@ import pytest
 
 from maspo_ray.errors import RunError
 from maspo_ray.experience import Completion, CompletionFacts, Rollout, Verdict, VersionSpan
-from maspo_ray.rollout_pool import ErrorWatch, RolloutPool
-from maspo_ray.timeline import Timeline
+from maspo_ray.rollouts.error_watch import ErrorWatch
+from maspo_ray.rollouts.pool import RolloutPool
+from maspo_ray.run_dir.timeline import Timeline
 
 ONE = Completion(np.zeros(3, np.int32), np.zeros(3, np.float32), (VersionSpan(2, 0, 3),), "stop", "")
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from maspo_ray.config import RunConfig
-from maspo_ray.door import DropStale
+from maspo_ray.data.prompts import PromptStream
+from maspo_ray.data.samplers import PassRateSampler
 from maspo_ray.experience import CompletionFacts, Experience, Outcome, Prompt, Rollout, Verdict
-from maspo_ray.intake import Intake
-from maspo_ray.producer import Producer
-from maspo_ray.prompts import PromptStream
-from maspo_ray.samplers import PassRateSampler
-from maspo_ray.timeline import Timeline
+from maspo_ray.groups.intake import Intake
+from maspo_ray.groups.late_policy import DropStale
+from maspo_ray.pipeline.producer import Producer
+from maspo_ray.run_dir.timeline import Timeline
 
 MAX_NEW_TOKENS = 8
 

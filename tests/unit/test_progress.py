@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from maspo_ray.progress import Progress, ProgressMode
+from maspo_ray.run_dir.progress import Progress, ProgressMode
 
 METRICS = {"reward/mean": 0.41234, "staleness/mean": 0.5, "tokens/generated": 3000.0, "time/step_s": 2.0}
 HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"

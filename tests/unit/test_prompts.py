@@ -19,11 +19,11 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from maspo_ray.config import DataConfig, HuggingFaceSource, JsonlSource, ReasoningGymSource
-from maspo_ray.data_sources import read_rows
+from maspo_ray.data.prompts import PromptStream, load_prompts
+from maspo_ray.data.samplers import PassRateSampler, UniformSampler
+from maspo_ray.data.sources import read_rows
 from maspo_ray.errors import ConfigError, RunError
 from maspo_ray.experience import Prompt
-from maspo_ray.prompts import PromptStream, load_prompts
-from maspo_ray.samplers import PassRateSampler, UniformSampler
 
 LETTERS = "abcdefgh:|"
 BOS, EOS, UNK = 0, 1, 2
@@ -195,7 +195,7 @@ def test_reasoning_gym_fault_is_one_line(source: ReasoningGymSource, message: st
 
 def test_data_sources_and_prompts_import_no_heavy_library() -> None:
     heavy = "{'torch', 'ray', 'vllm', 'transformers', 'datasets', 'reasoning_gym'}"
-    code = f"import sys, maspo_ray.prompts, maspo_ray.data_sources; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, maspo_ray.data.prompts, maspo_ray.data.sources; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -401,6 +401,6 @@ def test_stream_restore_of_another_data_set_or_order_is_refused() -> None:
     other = PromptStream(_prompts(3), PassRateSampler(3, True, 4), shuffle=True, seed=4)
     with pytest.raises(
         ConfigError,
-        match="^data.sampler.path is maspo_ray.samplers:PassRateSampler; the saved run had maspo_ray.samplers:UniformSampler",
+        match="^data.sampler.path is maspo_ray.data.samplers:PassRateSampler; the saved run had maspo_ray.data.samplers:UniformSampler",
     ):
         other.restore(state)

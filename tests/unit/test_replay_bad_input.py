@@ -11,14 +11,14 @@ import pytest
 import yaml
 from safetensors.numpy import save_file
 
-from maspo_ray.checkpoint import STATE, begin_checkpoint, end_checkpoint
 from maspo_ray.cli import main
 from maspo_ray.experience import Completion, CompletionFacts, Experience, Group, Prompt, Rollout, Verdict, VersionSpan
-from maspo_ray.model_difference import ModelDifference
 from maspo_ray.packing import pack
-from maspo_ray.replay_plan import plan_replay
-from maspo_ray.run_paths import RunPaths
-from maspo_ray.step_record import write_step
+from maspo_ray.replay.model_difference import ModelDifference
+from maspo_ray.replay.plan import plan_replay
+from maspo_ray.run_dir.checkpoint import STATE, begin_checkpoint, end_checkpoint
+from maspo_ray.run_dir.paths import RunPaths
+from maspo_ray.run_dir.step_record import write_step
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def test_replay_bad_input_is_one_line_and_starts_nothing(
     if break_it is not None:
         break_it(run)
     # Importing what starts Ray would fail.
-    monkeypatch.setitem(sys.modules, "maspo_ray.replay", None)
+    monkeypatch.setitem(sys.modules, "maspo_ray.replay.replay", None)
     assert main(["replay", "run", *flags]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -150,7 +150,7 @@ def test_replay_that_differs_fails_where_it_must_not_and_says_where(
     difference: ModelDifference,
     code: int,
 ) -> None:
-    monkeypatch.setattr("maspo_ray.replay.replay", lambda plan, note: difference)
+    monkeypatch.setattr("maspo_ray.replay.replay.replay", lambda plan, note: difference)
     assert main(["replay", "run", "--step", "4", *flags]) == code
     out, err = capsys.readouterr()
     shown = "1e-09 (weight)" if difference.tensor else "0"

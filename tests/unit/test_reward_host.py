@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from maspo_ray.experience import Completion, Outcome, Prompt, Verdict
-from maspo_ray.reward_host import RewardHost
+from maspo_ray.hosts.reward_host import RewardHost
 from maspo_ray.testing import make_completion, make_prompt
 
 PROMPT = make_prompt("q", "a")

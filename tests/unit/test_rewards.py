@@ -12,7 +12,7 @@ from actors.rewards.exact_match import ExactMatchReward
 from actors.rewards.math_verify import MathVerifyReward
 from actors.rewards.reasoning_gym import ReasoningGymReward
 from maspo_ray.config import ReasoningGymSource
-from maspo_ray.data_sources import read_rows
+from maspo_ray.data.sources import read_rows
 from maspo_ray.errors import ConfigError
 from maspo_ray.experience import Prompt, Verdict
 from maspo_ray.protocols import RewardActor

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from maspo_ray.errors import RunError
 from maspo_ray.experience import CompletionFacts, Outcome, Verdict
-from maspo_ray.rollout_pool import ErrorWatch, RolloutPool
-from maspo_ray.timeline import Timeline
+from maspo_ray.rollouts.error_watch import ErrorWatch
+from maspo_ray.rollouts.pool import RolloutPool
+from maspo_ray.run_dir.timeline import Timeline
 
 GOOD = Verdict(1.0, True)
 

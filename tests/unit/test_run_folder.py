@@ -6,7 +6,7 @@ import pytest
 
 from bench.simulated import simulated_config
 from maspo_ray.errors import ConfigError
-from maspo_ray.run_folder import RunFolder
+from maspo_ray.run_dir.folder import RunFolder
 
 
 def test_folder_that_cannot_be_opened_is_one_line_and_holds_no_run(tmp_path: Path) -> None:

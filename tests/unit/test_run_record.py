@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from maspo_ray.config import RunConfig
-from maspo_ray.run_record import RunRecord
-from maspo_ray.summary import RunSummary
+from maspo_ray.run_dir.history import RunRecord
+from maspo_ray.run_dir.summary import RunSummary
 
 NAN = math.nan
 

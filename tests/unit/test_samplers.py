@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from maspo_ray.data.samplers import PassRateSampler, UniformSampler, _WeightTree
 from maspo_ray.errors import ConfigError
-from maspo_ray.samplers import PassRateSampler, UniformSampler, _WeightTree
 
 
 def _draws(sampler: UniformSampler | PassRateSampler, count: int) -> list[int]:

@@ -1,6 +1,6 @@
 """Seeds of the sampling: the same for the same completion, another for any other."""
 
-from maspo_ray.seeds import sampling_seeds
+from maspo_ray.rollouts.seeds import sampling_seeds
 
 
 def test_seeds_depend_on_run_prompt_times_drawn_and_sample_and_on_nothing_else() -> None:

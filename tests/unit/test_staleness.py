@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from maspo_ray.staleness import StalenessGate
+from maspo_ray.groups.staleness import StalenessGate
 
 
 def _accept(gate: StalenessGate, count: int) -> None:

@@ -22,7 +22,7 @@ from maspo_ray.experience import (
     VersionSpan,
 )
 from maspo_ray.packing import RankPlan, pack
-from maspo_ray.step_record import numbered, read_step, write_step
+from maspo_ray.run_dir.step_record import numbered, read_step, write_step
 
 
 def _batch(seed: int, num_groups: int, size: int, kl: bool) -> tuple[list[Experience], dict[Any, Any]]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from maspo_ray.errors import ConfigError
-from maspo_ray.tensor_ops import KLEstimator, chunked_logprobs, kl_estimate, masked_sum
+from maspo_ray.objectives.tensor_ops import KLEstimator, chunked_logprobs, kl_estimate, masked_sum
 
 TOKENS, WIDTH, VOCAB = 23, 6, 41
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maspo_ray import timeline
-from maspo_ray.timeline import Timeline, TraceWriter
+from maspo_ray.run_dir import timeline
+from maspo_ray.run_dir.timeline import Timeline, TraceWriter
 
 
 class _Clock:

@@ -6,7 +6,7 @@ import pytest
 
 from maspo_ray.errors import RunError
 from maspo_ray.experience import UpdateReport
-from maspo_ray.update_watch import UpdateWatch
+from maspo_ray.pipeline.update_watch import UpdateWatch
 
 APPLIED = UpdateReport({}, True, ())
 

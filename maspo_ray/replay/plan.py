@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maspo_ray.checkpoint import state_of
 from maspo_ray.config import RunConfig, load_config
 from maspo_ray.errors import ConfigError
 from maspo_ray.preflight import check_model
-from maspo_ray.run_paths import RunPaths
-from maspo_ray.step_record import ranks_of
+from maspo_ray.run_dir.checkpoint import state_of
+from maspo_ray.run_dir.paths import RunPaths
+from maspo_ray.run_dir.step_record import ranks_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,51 +16,15 @@ from typing import Any
 import numpy as np
 
 from maspo_ray.errors import RunError
-from maspo_ray.experience import CompletionFacts, Outcome, Rollout, Verdict
-from maspo_ray.fleet import named, naming
-from maspo_ray.idle import IdleMeter
-from maspo_ray.timeline import Timeline
+from maspo_ray.experience import CompletionFacts, Rollout, Verdict
+from maspo_ray.fleet.calls import named, naming
+from maspo_ray.rollouts.error_watch import ErrorWatch
+from maspo_ray.rollouts.idle import IdleMeter
+from maspo_ray.run_dir.timeline import Timeline
 
 _log = logging.getLogger(__name__)
-
-_WINDOW = 256
-_FEWEST_TO_JUDGE = 32
 _NAMING_REWARD = naming("the reward failed")
 _BY_SAMPLE = attrgetter("facts.sample")
-
-
-class ErrorWatch:
-    """Counts completions that could not be scored; raises when they are too large a share of the last 256."""
-
-    def __init__(self, max_error_rate: float) -> None:
-        self._max_error_rate = max_error_rate
-        self._num_judged = 0
-        # Of those that failed, which they were, counted from 1: a controller has very many completions, and few that fail.
-        self._failed: deque[int] = deque(maxlen=_WINDOW)
-        self._first_cause: str | None = None
-        self.errors = 0
-
-    def add(self, verdict: Verdict) -> None:
-        self._num_judged += 1
-        if verdict.outcome is Outcome.SCORED:
-            return
-        self._note(verdict)
-        seen = min(self._num_judged, _WINDOW)
-        errors = sum(number > self._num_judged - seen for number in self._failed)
-        if seen >= _FEWEST_TO_JUDGE and errors / seen > self._max_error_rate:
-            raise RunError(
-                f"{errors} of the last {seen} completions could not be scored, more than "
-                f"reward.max_error_rate ({self._max_error_rate:g}) allows; the first cause was: {self._first_cause}. "
-                "Mend the reward, or raise reward.max_error_rate."
-            )
-
-    def _note(self, verdict: Verdict) -> None:
-        self._failed.append(self._num_judged)
-        self.errors += 1
-        if self.errors.bit_count() == 1:
-            # At the first, second, fourth, eighth …: a cause that repeats must not drown the rest.
-            _log.warning("completions that could not be scored: %d; the latest: %s", self.errors, verdict.cause)
-        self._first_cause = self._first_cause or verdict.cause
 
 
 class RolloutPool:

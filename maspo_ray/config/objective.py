@@ -1,13 +1,13 @@
 """The sections that say what is optimised: the objective's gate, the advantages, the KL to the reference policy.
 
-Promise: as in `config_sections`, each is consistent with itself. Imports neither torch, ray nor vllm.
+Promise: as in `sections`, each is consistent with itself. Imports neither torch, ray nor vllm.
 """
 
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from maspo_ray.config_sections import Section
+from maspo_ray.config.sections import Section
 
 
 class _GateConfig(Section):

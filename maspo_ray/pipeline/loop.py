@@ -7,25 +7,26 @@ coroutine ends the run with its cause. Decisions are the intake's; the coroutine
 import asyncio
 from time import monotonic
 
-from maspo_ray.checkpoint import STATE, begin_checkpoint, end_checkpoint
-from maspo_ray.checks import Evaluator, Parity, ParityCheck
 from maspo_ray.config import RunConfig
+from maspo_ray.data.prompts import PromptStream
+from maspo_ray.evaluation.evaluator import Evaluator
+from maspo_ray.evaluation.parity import Parity, ParityCheck
 from maspo_ray.experience import Experience, PublishReport, UpdateReport
-from maspo_ray.fleet import Fleet
-from maspo_ray.garbage import collecting_rarely
-from maspo_ray.intake import Intake
-from maspo_ray.metrics import StepMetrics, combine_updates
+from maspo_ray.fleet.fleet import Fleet
+from maspo_ray.groups.intake import Intake
 from maspo_ray.packing import pack
-from maspo_ray.producer import Producer
-from maspo_ray.progress import Progress
-from maspo_ray.prompts import PromptStream
+from maspo_ray.pipeline.garbage import collecting_rarely
+from maspo_ray.pipeline.producer import Producer
+from maspo_ray.pipeline.step_recorder import StepRecorder
+from maspo_ray.pipeline.update_watch import UpdateWatch
 from maspo_ray.protocols import DoorPolicy
-from maspo_ray.rollout_pool import RolloutPool
-from maspo_ray.run_folder import RunFolder
-from maspo_ray.run_record import RunRecord
-from maspo_ray.step_recorder import StepRecorder
-from maspo_ray.timeline import Timeline
-from maspo_ray.update_watch import UpdateWatch
+from maspo_ray.rollouts.pool import RolloutPool
+from maspo_ray.run_dir.checkpoint import STATE, begin_checkpoint, end_checkpoint
+from maspo_ray.run_dir.folder import RunFolder
+from maspo_ray.run_dir.history import RunRecord
+from maspo_ray.run_dir.metrics import StepMetrics, combine_updates
+from maspo_ray.run_dir.progress import Progress
+from maspo_ray.run_dir.timeline import Timeline
 
 
 class Pipeline:

@@ -18,7 +18,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from maspo_ray.summary import duration_text, percent_text
+from maspo_ray.run_dir.summary import duration_text, percent_text
 
 PLAIN_INTERVAL_S = 2.0
 

@@ -7,11 +7,11 @@ and no actors.
 
 from collections.abc import Callable, Sequence
 
-from maspo_ray.buffer import ReadyBuffer
 from maspo_ray.experience import Experience, Group
-from maspo_ray.ledger import GroupLedger, GroupOutcome
+from maspo_ray.groups.buffer import ReadyBuffer
+from maspo_ray.groups.ledger import GroupLedger, GroupOutcome
+from maspo_ray.groups.staleness import StalenessGate
 from maspo_ray.protocols import DoorPolicy
-from maspo_ray.staleness import StalenessGate
 
 
 class Intake:

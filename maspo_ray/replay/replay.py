@@ -10,16 +10,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from maspo_ray.cluster import connected
 from maspo_ray.experience import UpdateReport
-from maspo_ray.fleet import Fleet
-from maspo_ray.loading import load_actor_class
-from maspo_ray.metrics import combine_updates
-from maspo_ray.model_difference import ModelDifference, model_difference
-from maspo_ray.placement import RoleDemand
-from maspo_ray.replay_plan import ReplayPlan
-from maspo_ray.reservation import reserve, wait_for_cluster
-from maspo_ray.step_record import read_step
+from maspo_ray.fleet.fleet import Fleet
+from maspo_ray.fleet.loading import load_actor_class
+from maspo_ray.fleet.placement import RoleDemand
+from maspo_ray.fleet.ray_session import connected
+from maspo_ray.fleet.reservation import reserve, wait_for_cluster
+from maspo_ray.replay.model_difference import ModelDifference, model_difference
+from maspo_ray.replay.plan import ReplayPlan
+from maspo_ray.run_dir.metrics import combine_updates
+from maspo_ray.run_dir.step_record import read_step
 
 
 def replay(plan: ReplayPlan, note: Callable[[str], None]) -> ModelDifference:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from maspo_ray.experience import Experience
-from maspo_ray.fleet import Fleet, named, within
-from maspo_ray.run_paths import RunPaths
-from maspo_ray.step_record import Share, numbered, write_step
+from maspo_ray.fleet.calls import named, within
+from maspo_ray.fleet.fleet import Fleet
+from maspo_ray.run_dir.paths import RunPaths
+from maspo_ray.run_dir.step_record import Share, numbered, write_step
 
 
 class StepWriter:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from maspo_ray.config import DataConfig, DataSource
-from maspo_ray.data_sources import Message, Row, read_rows
+from maspo_ray.data.sources import Message, Row, read_rows
 from maspo_ray.errors import ConfigError, RunError
 from maspo_ray.experience import Prompt
 from maspo_ray.protocols import Sampler

@@ -241,8 +241,8 @@ class LearnerConfig(RoleConfig):
 
 
 class DoorConfig(PluginConfig):
-    path: str = "maspo_ray.door:DropStale"
-    """Dotted path `module:Class`; `maspo_ray.door:TrainStale` trains on what is at most `max_lag` versions behind."""
+    path: str = "maspo_ray.groups.late_policy:DropStale"
+    """Dotted path `module:Class`; `maspo_ray.groups.late_policy:TrainStale` trains on what is at most `max_lag` versions behind."""
 
 
 class PipelineConfig(Section):

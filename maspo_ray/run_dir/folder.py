@@ -10,10 +10,10 @@ import yaml
 
 from maspo_ray.config import RunConfig
 from maspo_ray.errors import ConfigError
-from maspo_ray.metrics import JsonlSink, JsonlWriter, MetricSink, TensorBoardSink, json_bytes
-from maspo_ray.run_paths import RunPaths
-from maspo_ray.summary import RunSummary
-from maspo_ray.timeline import TraceWriter
+from maspo_ray.run_dir.paths import RunPaths
+from maspo_ray.run_dir.sinks import JsonlSink, JsonlWriter, MetricSink, TensorBoardSink, json_bytes
+from maspo_ray.run_dir.summary import RunSummary
+from maspo_ray.run_dir.timeline import TraceWriter
 
 
 class RunFolder(RunPaths):

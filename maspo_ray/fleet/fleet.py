@@ -7,19 +7,19 @@ fails to set up is named with its cause; `shutdown` leaves none behind.
 import asyncio
 import os
 import sys
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from maspo_ray.cluster import object_store_used_bytes
 from maspo_ray.config import RunConfig
 from maspo_ray.errors import RunError
-from maspo_ray.placement import Plan, Slot
-from maspo_ray.reservation import Reservation
-from maspo_ray.reward_host import RewardHost
+from maspo_ray.fleet.calls import LateError, all_within, named, within
+from maspo_ray.fleet.placement import Plan, Slot
+from maspo_ray.fleet.ray_session import object_store_used_bytes
+from maspo_ray.fleet.reservation import Reservation
+from maspo_ray.hosts.reward_host import RewardHost
 from maspo_ray.weight_sync import backend_for
 
 _SHUTDOWN_S = 5.0
@@ -35,10 +35,6 @@ CPU_ALLOCATOR = {
 }
 """Without these glibc returns large blocks to the system after each step and faults them in again: 10-25 % of a CPU step, and a third
 of the time in which an engine loads weights."""
-
-
-class LateError(RunError):
-    """An actor did not answer by its deadline."""
 
 
 class Fleet:
@@ -219,70 +215,6 @@ class Fleet:
         for handles in self._actors.values():
             for handle in handles:
                 ray.kill(handle)
-
-
-async def all_within(seconds: float, where: str, calls: Mapping[str, Coroutine[Any, Any, Any]]) -> list[Any]:
-    """Returns what the calls return, by name, in their order; ends the others when one fails.
-
-    Raises:
-        LateError: some did not return in time; they are named.
-    """
-    tasks = {name: asyncio.ensure_future(call) for name, call in calls.items()}
-    try:
-        done, late = await asyncio.wait(tasks.values(), timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
-        for task in done:
-            task.result()
-        if late:
-            names = ", ".join(name for name, task in tasks.items() if task in late)
-            raise LateError(f"{names} did not answer within {seconds:g} s {where}. See its log, or raise that.")
-        return [task.result() for task in tasks.values()]
-    finally:
-        for task in tasks.values():
-            task.cancel()
-
-
-async def within(seconds: float, missed: str, call: Awaitable[Any]) -> Any:
-    """Returns what a call returns in time.
-
-    Raises:
-        RunError: it did not; `missed` says which deadline.
-    """
-    try:
-        async with asyncio.timeout(seconds):
-            return await call
-    except TimeoutError:
-        raise RunError(f"{missed} ({seconds:g} s). See the actors' logs, or raise it.") from None
-
-
-async def named(what: str, call: Awaitable[Any]) -> Any:
-    """Returns what a remote call returns; see `naming`."""
-    with naming(what):
-        return await call
-
-
-class naming:  # noqa: N801, a context manager
-    """Says which actor's answers are looked at within.
-
-    Raises:
-        RunError: `what`, with the cause that the actor gave.
-    """
-
-    __slots__ = ("_what",)
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, RayTaskError):
-            cause = error.cause
-            if isinstance(cause, RunError):
-                raise RunError(str(cause)) from None
-            raise RunError(f"{self._what}: {type(cause).__name__}: {cause}") from error
-        if isinstance(error, RayActorError):
-            raise RunError(f"{self._what}: the actor died: {' '.join(str(error).split())}") from None
 
 
 def import_path() -> str:

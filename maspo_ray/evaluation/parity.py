@@ -1,7 +1,6 @@
-"""What a run checks of itself as it goes: held-out accuracy, and that learner and engines agree.
+"""Whether learner and engines agree, as a run goes on.
 
-Promise: an evaluation is of one weight version; parity compares the log-probs of the same tokens under both, and a difference
-beyond the bound ends the run.
+Promise: the log-probs of the same tokens are compared under both, and a difference beyond the bound ends the run.
 """
 
 import asyncio
@@ -10,28 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import ray
 from numpy.typing import NDArray
 
-from maspo_ray.config import EvalConfig, ParityStatistic, RolloutConfig
+from maspo_ray.config import ParityStatistic, RolloutConfig
 from maspo_ray.errors import RunError
-from maspo_ray.experience import Completion, Outcome, Prompt
-from maspo_ray.fleet import Fleet, named
-from maspo_ray.rollout_pool import RolloutPool
+from maspo_ray.experience import Completion, Prompt
+from maspo_ray.fleet.calls import named
+from maspo_ray.fleet.fleet import Fleet
 
-_SEED_STRIDE = 1_000_003
 _PARITY_TOKENS = 64
 """A check samples completions of at most so many tokens; it is to cost little beside a step."""
-
-
-@dataclass(frozen=True, slots=True)
-class EvalResult:
-    """`accuracy` is the mean over scored samples, NaN where none was."""
-
-    accuracy: float
-    num_prompts: int
-    samples: int
-    unscored: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,43 +27,6 @@ class Parity:
 
     max: float
     mean: float
-
-
-class Evaluator:
-    """Measures held-out accuracy: the same prompts and the same sampling seeds each time."""
-
-    def __init__(
-        self, pool: RolloutPool, prompts: Sequence[Prompt], config: EvalConfig, rollout: RolloutConfig, seed: int
-    ) -> None:
-        self._pool = pool
-        self._config = config
-        self._max_new_tokens = rollout.max_new_tokens
-        self._seed = seed
-        self._prompts = [(ray.put(prompt), len(prompt.token_ids)) for prompt in prompts]
-
-    async def evaluate(self) -> EvalResult:
-        """Returns the accuracy under the weights that the engines hold now."""
-        samples = self._config.samples
-        first = self._seed * _SEED_STRIDE
-        async with asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(
-                    self._pool.sample(
-                        prompt,
-                        tokens,
-                        temperature=self._config.temperature,
-                        max_new_tokens=self._max_new_tokens,
-                        seeds=range(first + i * samples, first + (i + 1) * samples),
-                    )
-                )
-                for i, (prompt, tokens) in enumerate(self._prompts)
-            ]
-        sampled = [rollouts for task in tasks if (rollouts := task.result()) is not None]
-        assert len(sampled) == len(tasks), "an evaluation's samples were ended for their age, though no weights changed"
-        verdicts = [rollout.verdict for rollouts in sampled for rollout in rollouts]
-        scored = [verdict.correct for verdict in verdicts if verdict.outcome is Outcome.SCORED]
-        accuracy = sum(scored) / len(scored) if scored else float("nan")
-        return EvalResult(accuracy, len(self._prompts), samples, len(verdicts) - len(scored))
 
 
 class ParityCheck:

@@ -1,6 +1,6 @@
 """The sections that say where prompts come from and what is made of them.
 
-Promise: as in `config_sections`, each is consistent with itself. Imports neither torch, ray nor vllm.
+Promise: as in `sections`, each is consistent with itself. Imports neither torch, ray nor vllm.
 """
 
 from pathlib import Path
@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from maspo_ray.config_sections import PluginConfig, Section
+from maspo_ray.config.sections import PluginConfig, Section
 
 
 class JsonlSource(Section):
@@ -49,8 +49,8 @@ DataSource = Annotated[JsonlSource | HuggingFaceSource | ReasoningGymSource, Fie
 
 
 class SamplerConfig(PluginConfig):
-    path: str = "maspo_ray.samplers:UniformSampler"
-    """Dotted path `module:Class`; `maspo_ray.samplers:PassRateSampler` prefers prompts that are solved sometimes."""
+    path: str = "maspo_ray.data.samplers:UniformSampler"
+    """Dotted path `module:Class`; `maspo_ray.data.samplers:PassRateSampler` prefers prompts that are solved sometimes."""
 
 
 class DataConfig(Section):

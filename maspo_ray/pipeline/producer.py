@@ -9,17 +9,18 @@ from typing import Any
 
 from maspo_ray.advantages import group_advantages
 from maspo_ray.config import RunConfig
+from maspo_ray.data.prompts import Draw, PromptStream
 from maspo_ray.errors import RunError
 from maspo_ray.experience import Experience, Group, Outcome
-from maspo_ray.fleet import Fleet, named
-from maspo_ray.intake import Intake
-from maspo_ray.ledger import GroupOutcome
-from maspo_ray.metrics import StepMetrics
-from maspo_ray.overlong import is_cut_off, overlong_penalty, trained_advantages, why_not_trained
-from maspo_ray.prompts import Draw, PromptStream
-from maspo_ray.rollout_pool import RolloutPool
-from maspo_ray.seeds import sampling_seeds
-from maspo_ray.timeline import Timeline
+from maspo_ray.fleet.calls import named
+from maspo_ray.fleet.fleet import Fleet
+from maspo_ray.groups.intake import Intake
+from maspo_ray.groups.ledger import GroupOutcome
+from maspo_ray.groups.overlong import is_cut_off, overlong_penalty, trained_advantages, why_not_trained
+from maspo_ray.rollouts.pool import RolloutPool
+from maspo_ray.rollouts.seeds import sampling_seeds
+from maspo_ray.run_dir.metrics import StepMetrics
+from maspo_ray.run_dir.timeline import Timeline
 
 
 class Producer:

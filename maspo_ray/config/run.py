@@ -14,73 +14,26 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsError
 
-from maspo_ray.config_data import (
+from maspo_ray.config.data import (
     DataConfig,
-    DataSource,
-    HuggingFaceSource,
-    JsonlSource,
-    ReasoningGymSource,
-    SamplerConfig,
 )
-from maspo_ray.config_objective import AdvantageConfig, GrpoConfig, KLConfig, MaspoConfig, ObjectiveConfig
-from maspo_ray.config_sections import (
+from maspo_ray.config.faults import describe_flag_error, describe_validation_errors
+from maspo_ray.config.objective import AdvantageConfig, KLConfig, MaspoConfig, ObjectiveConfig
+from maspo_ray.config.sections import (
     CheckpointConfig,
-    DoorConfig,
-    Dtype,
     EvalConfig,
     LearnerConfig,
     LoggingConfig,
-    LoraConfig,
     ModelConfig,
-    OverlongConfig,
     ParityStatistic,
     PipelineConfig,
     PlacementConfig,
-    PluginConfig,
     ReferenceConfig,
     RewardConfig,
-    RoleConfig,
     RolloutConfig,
     Section,
-    UpdateOrder,
 )
-from maspo_ray.errors import ConfigError, describe_flag_error, describe_validation_errors
-
-__all__ = [
-    "AdvantageConfig",
-    "CheckpointConfig",
-    "ConfigError",
-    "DataConfig",
-    "DataSource",
-    "DoorConfig",
-    "Dtype",
-    "EvalConfig",
-    "GrpoConfig",
-    "HuggingFaceSource",
-    "JsonlSource",
-    "KLConfig",
-    "LearnerConfig",
-    "LoggingConfig",
-    "LoraConfig",
-    "MaspoConfig",
-    "ModelConfig",
-    "ObjectiveConfig",
-    "OverlongConfig",
-    "ParityStatistic",
-    "PipelineConfig",
-    "PlacementConfig",
-    "PluginConfig",
-    "ReasoningGymSource",
-    "ReferenceConfig",
-    "RewardConfig",
-    "RoleConfig",
-    "RolloutConfig",
-    "RunConfig",
-    "SamplerConfig",
-    "Section",
-    "UpdateOrder",
-    "load_config",
-]
+from maspo_ray.errors import ConfigError
 
 
 class RunConfig(Section):

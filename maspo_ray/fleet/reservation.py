@@ -15,7 +15,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from maspo_ray.errors import ConfigError
-from maspo_ray.placement import Node, Plan, RoleDemand, Slot, count_text, plan
+from maspo_ray.fleet.placement import Node, Plan, RoleDemand, Slot, count_text, plan
 
 logger = logging.getLogger(__name__)
 

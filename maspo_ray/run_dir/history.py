@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from time import monotonic
 
 from maspo_ray.config import RunConfig
-from maspo_ray.summary import RunSummary
+from maspo_ray.run_dir.summary import RunSummary
 
 _COLUMNS = (
     "reward/mean",

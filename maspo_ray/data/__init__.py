@@ -1,0 +1,1 @@
+"""Rows → prompts, and which prompt comes next."""

@@ -1,0 +1,1 @@
+"""The actors of a run: which class, where, started and called."""

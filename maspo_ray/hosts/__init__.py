@@ -1,0 +1,1 @@
+"""What runs inside an actor, around a user's class."""

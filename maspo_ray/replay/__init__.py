@@ -1,0 +1,1 @@
+"""A step of a run made again, from what its folder holds."""

@@ -1,0 +1,1 @@
+"""Prompts → rollouts, over the actors that generate and score."""
