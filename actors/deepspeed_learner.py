@@ -107,6 +107,7 @@ class DeepSpeedLearner:
         from actors.learner_metrics import reduced
         from maspo_ray.objectives.breakdown import Breakdown
 
+        started = perf_counter()
         self._version = version
         old: list[Sequence[Any] | None] = [None] * len(plans)
         if self._objective.old_policy == "recompute":
@@ -114,12 +115,11 @@ class DeepSpeedLearner:
             old[1:] = [self._logprobs(plan, payloads) for plan in plans[1:]]
         breakdown = Breakdown(self._device)
         reports = [self._update(plan, payloads, known, breakdown) for plan, known in zip(plans, old, strict=True)]
+        # The breakdown is of all updates that were applied, so that it is the same in each report. The time is the step's, with what
+        # is of no update by itself, such as recompute's passes: it stands once, and the sum over the updates is the step's.
         figures = reduced(breakdown)
-        for report in reports:
-            if report.applied:
-                # Of all updates together; the step takes it over from whichever it stands in.
-                report.metrics.update(figures)
-                break
+        for i, report in enumerate(reports):
+            report.metrics.update(figures | {"time/train_s": 0.0 if i else perf_counter() - started})
         return reports
 
     def _logprobs(self, plan: RankPlan, payloads: Sequence[Any]) -> list[Any]:
@@ -138,7 +138,7 @@ class DeepSpeedLearner:
     def _update(
         self, plan: RankPlan, payloads: Sequence[Any], old: Sequence[Any] | None, breakdown: Any
     ) -> UpdateReport:
-        """Makes one optimizer update.
+        """Makes one optimizer update; returns its report, of an update that is left out by the same names.
 
         Args:
             old: with `recompute`, log π_old of each micro-batch, [tokens]; None for what the weights say now.
@@ -147,7 +147,6 @@ class DeepSpeedLearner:
         from actors.deepspeed_engine import apply_update
         from actors.learner_metrics import UpdateSums, faulty_groups
 
-        started = perf_counter()
         self._engine.train()
         sums = UpdateSums(self._device)
         token_losses = []
@@ -156,19 +155,22 @@ class DeepSpeedLearner:
             token_losses.append(token_loss)
             # DeepSpeed averages gradients over the ranks; the shares are to be added up.
             self._engine.backward(loss * (self._world_size / plan.batch_tokens), scale_wrt_gas=False)
-        metrics = sums.reduce(plan.batch_tokens) | {
-            "learner/lr": float(self._engine.get_lr()[0]),
-            "learner/skipped": 0.0,
-        }
+        rate = {"learner/lr": float(self._engine.get_lr()[0])}
+        metrics = sums.reduce(plan.batch_tokens)
         norm = apply_update(self._engine, self._config.max_grad_norm)
-        if not math.isfinite(norm):
-            left_out = {"learner/skipped": 1.0, "tokens/trained": 0.0, "time/train_s": perf_counter() - started}
-            return UpdateReport(left_out, False, faulty_groups(plan, token_losses))
+        applied = math.isfinite(norm)
+        metrics |= {
+            "learner/grad_norm": norm,
+            "learner/clipped_share": float(norm > self._config.max_grad_norm),
+            "learner/update_to_weight": self._update_size.take() if applied else math.nan,
+        }
+        if not applied:
+            undefined = dict.fromkeys(metrics, math.nan)
+            counts = {"tokens/trained": 0.0, "learner/skipped": 1.0}
+            return UpdateReport(undefined | counts | rate, False, faulty_groups(plan, token_losses))
         breakdown.merge(sums.breakdown)
-        metrics["learner/grad_norm"] = norm
-        metrics["learner/clipped_share"] = float(norm > self._config.max_grad_norm)
-        metrics["learner/update_to_weight"] = self._update_size.take()
-        return UpdateReport(metrics | {"time/train_s": perf_counter() - started}, True, ())
+        counts = {"tokens/trained": float(plan.batch_tokens), "learner/skipped": 0.0}
+        return UpdateReport(metrics | counts | rate, True, ())
 
     def _loss(self, bundles: Sequence[Bundle], payloads: Sequence[Any], old: Any, sums: Any) -> tuple[Any, Any]:
         """Returns the loss, Σ over the tokens of a micro-batch, and its terms, [tokens] without a gradient.

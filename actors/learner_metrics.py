@@ -65,14 +65,14 @@ class UpdateSums:
             self._sums[name] = self._sums.get(name, self._zero) + sums[name]
 
     def reduce(self, batch_tokens: int) -> dict[str, float]:
-        """Returns the metrics of the whole update, the same on every rank: of what was added, and all ranks add the same.
+        """Returns the means of the whole update, the same on every rank: of what was added, and all ranks add the same.
         A collective."""
         sums = torch.stack(list(self._sums.values()))
         dist.all_reduce(sums)
         dist.all_reduce(self._ratio_max, op=dist.ReduceOp.MAX)
         shares = (sums / batch_tokens).tolist()
         metrics = {_SHARES[name]: share for name, share in zip(self._sums, shares, strict=True)}
-        return metrics | {"objective/ratio_max": self._ratio_max.item(), "tokens/trained": float(batch_tokens)}
+        return metrics | {"objective/ratio_max": self._ratio_max.item()}
 
 
 def reduced(breakdown: Breakdown) -> dict[str, float]:

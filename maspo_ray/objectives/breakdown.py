@@ -4,6 +4,8 @@ Promise: sums in fixed tables that add up over micro-batches and ranks, whatever
 sums at the end. Detached; nothing waits for the device before that.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -86,35 +88,29 @@ class Breakdown:
         self.histogram += other.histogram
 
     def metrics(self) -> dict[str, float]:
-        """Returns means by label, of labels that have tokens, and the quantiles of ρ.
+        """Returns means by label and the quantiles of ρ, always by the same names; what has no tokens is NaN.
 
         objective/gate_mean/…, objective/gate_below_0.9/… (0.5, 0.1), objective/clip_0.2_share/…, objective/entropy/… for every label;
         for each lag also objective/token_share/…, objective/ratio_mean/…, objective/effective_sample_share/…, (Σ ρ)² / (n Σ ρ²),
         objective/behaviour_kl/…, KL(μ || π_θ), and objective/ratio_p01/… (p10, p50, p90, p99), quantiles of the ratio's histogram,
         exact to 1 %; beyond e^±2 they read e^±2. The effective sample share, the KL and the quantiles are given over all lags too.
-        The last lag stands for all that are larger.
+        The last lag stands for all that are larger. A token share is NaN only where no lag has tokens.
         """
-        rows = {
-            label: dict(zip(_STATISTICS, row, strict=True))
-            for label, row in zip(_LABELS, self.table.tolist(), strict=True)
-            if row[0]
-        }
         total = dict(zip(_STATISTICS, self.table[_LAGS:].sum(0).tolist(), strict=True))
-        if not total["tokens"]:
-            return {}
         found = {
             "objective/effective_sample_share": _effective_share(total),
-            "objective/behaviour_kl": total["behaviour_kl"] / total["tokens"],
+            "objective/behaviour_kl": _ratio(total["behaviour_kl"], total["tokens"]),
         } | _quantiles(self.histogram.sum(0), "")
-        for label, row in rows.items():
-            mean = {name: value / row["tokens"] for name, value in row.items()}
+        for label, values in zip(_LABELS, self.table.tolist(), strict=True):
+            row = dict(zip(_STATISTICS, values, strict=True))
+            mean = {name: _ratio(value, row["tokens"]) for name, value in row.items()}
             found[f"objective/gate_mean/{label}"] = mean["gate"]
             for bound in (0.9, 0.5, 0.1):
                 found[f"objective/gate_below_{bound}/{label}"] = mean[f"gate_below_{bound}"]
             found[f"objective/clip_{REFERENCE_CLIP}_share/{label}"] = mean["clipped"]
             found[f"objective/entropy/{label}"] = mean["entropy"]
             if label.startswith("lag_"):
-                found[f"objective/token_share/{label}"] = row["tokens"] / total["tokens"]
+                found[f"objective/token_share/{label}"] = _ratio(row["tokens"], total["tokens"])
                 found[f"objective/ratio_mean/{label}"] = mean["ratio"]
                 found[f"objective/effective_sample_share/{label}"] = _effective_share(row)
                 found[f"objective/behaviour_kl/{label}"] = mean["behaviour_kl"]
@@ -132,14 +128,19 @@ def _behaviour_kl(logprobs: Tensor, behaviour_logprobs: Tensor) -> Tensor:
     return torch.expm1(log_ratio) - log_ratio
 
 
+def _ratio(value: float, over: float) -> float:
+    """Returns NaN where it is over nothing."""
+    return value / over if over else math.nan
+
+
 def _effective_share(row: dict[str, float]) -> float:
-    return row["ratio"] ** 2 / (row["tokens"] * row["ratio_squared"])
+    return _ratio(row["ratio"] ** 2, row["tokens"] * row["ratio_squared"])
 
 
 def _quantiles(histogram: Tensor, suffix: str) -> dict[str, float]:
-    """Returns the quantiles of a histogram, [bins], that is not empty."""
+    """Returns the quantiles of a histogram, [bins]; NaN of an empty one."""
     reached = histogram.cumsum(0)
     wanted = torch.tensor(QUANTILES, dtype=torch.float64, device=reached.device) * reached[-1]
     bins = torch.searchsorted(reached, wanted)
-    values = ((bins - _HALF_BINS + 0.5) * _BIN_WIDTH).exp().tolist()
+    values = torch.where(reached[-1] > 0, ((bins - _HALF_BINS + 0.5) * _BIN_WIDTH).exp(), math.nan).tolist()
     return {f"objective/ratio_p{round(100 * q):02d}{suffix}": value for q, value in zip(QUANTILES, values, strict=True)}

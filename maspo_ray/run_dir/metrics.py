@@ -1,7 +1,7 @@
 """The numbers of a step, and how each is reduced.
 
-Promise: a metric has one reduction for as long as it is added to; what is undefined stays NaN, never a 0. Does not decide what is
-measured.
+Promise: a metric has one reduction for as long as it is added to; what is undefined stays NaN, never a 0; a column that is declared is
+in every row, whether or not anything happened. Does not decide what is measured.
 """
 
 import math
@@ -11,6 +11,25 @@ from typing import Literal
 
 Reduction = Literal["mean", "sum", "max", "last"]
 
+STEP_COLUMNS: Mapping[str, Reduction] = {
+    "reward/mean": "mean",
+    "reward/accuracy": "mean",
+    "reward/overlong_penalty": "mean",
+    "completion/tokens_mean": "mean",
+    "completion/cut_off_share": "mean",
+    "completion/left_out_share": "mean",
+    "groups/filtered": "sum",
+    "groups/failed": "sum",
+    "groups/cancelled": "sum",
+    "staleness/mean": "mean",
+    "staleness/max": "max",
+    "staleness/over_bound_share": "mean",
+    "parity/max": "max",
+    "parity/mean": "mean",
+}
+"""What groups, rollouts and checks add to a step. A step in which a thing did not happen has the column nevertheless: a sum of nothing
+is 0, any other reduction of nothing is NaN."""
+
 
 @dataclass(slots=True)
 class _Accumulator:
@@ -18,22 +37,36 @@ class _Accumulator:
     value: float
     weight: float
 
+    def result(self) -> float:
+        if self.reduction == "sum":
+            return self.value
+        if not self.weight:
+            return math.nan
+        return self.value / self.weight if self.reduction == "mean" else self.value
+
 
 class StepMetrics:
-    """Gathers values over one step; a new step takes a new one."""
+    """Gathers values over one step; a new step takes a new one.
 
-    def __init__(self) -> None:
+    Args:
+        columns: are there whatever is added, and come first.
+    """
+
+    def __init__(self, columns: Mapping[str, Reduction] | None = None) -> None:
         self._accumulators: dict[str, _Accumulator] = {}
+        for name, reduction in (columns or {}).items():
+            self.add(name, math.nan, 0.0, reduction)
 
     def add(self, name: str, value: float, weight: float = 1.0, reduction: Reduction = "mean") -> None:
         """Adds a value to a metric. A NaN makes the metric NaN, unless its weight is 0.
 
         Args:
-            weight: how much the value counts in a mean, e.g. the tokens that it is itself a mean over.
+            weight: how much the value counts in a mean, e.g. the tokens that it is itself a mean over. At 0 it does not count in any
+                reduction, and the column is there.
             reduction: the same at every call with this name.
         """
         assert weight >= 0, f"{name} was added with weight {weight}; it must not be negative."
-        assert weight == 1 or reduction == "mean", (
+        assert weight in (0, 1) or reduction == "mean", (
             f"{name} was added with weight {weight}; a {reduction} has no weights."
         )
         held = self._accumulators.get(name)
@@ -51,11 +84,8 @@ class StepMetrics:
             self.add(name, sum(values) / len(values), weight=len(values))
 
     def reduce(self) -> dict[str, float]:
-        """Returns each metric's value, in the order of first addition; a mean over no weight is NaN."""
-        return {
-            name: (held.value / held.weight if held.weight else math.nan) if held.reduction == "mean" else held.value
-            for name, held in self._accumulators.items()
-        }
+        """Returns each metric's value, in the order of first addition; of nothing a sum is 0, all else NaN."""
+        return {name: held.result() for name, held in self._accumulators.items()}
 
 
 _OVER_UPDATES: Mapping[str, Reduction] = {
@@ -65,15 +95,29 @@ _OVER_UPDATES: Mapping[str, Reduction] = {
     "learner/lr": "last",
     "time/train_s": "sum",
 }
+"""How a step's value is made of its updates'; the rest are means."""
+
+_OF_AN_UPDATE = frozenset({"learner/grad_norm", "learner/clipped_share", "learner/update_to_weight"})
+"""In a mean over updates each of these counts once; the rest are means over tokens, and count by how many there were."""
 
 
 def combine_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Returns the metrics of a step from those of its updates: means by their tokens, but for a few that say otherwise."""
+    """Returns the metrics of a step from those of its updates.
+
+    An update that was left out counts in sums and for the learning rate alone: its means and its maximum are undefined. So they are
+    NaN for a step that has no other update.
+    """
     step = StepMetrics()
     for metrics in updates:
+        applied = 1.0 - metrics.get("learner/skipped", 0.0)
         for name, value in metrics.items():
             reduction = _OVER_UPDATES.get(name, "mean")
-            step.add(name, value, metrics["tokens/trained"] if reduction == "mean" else 1.0, reduction)
+            weight = 1.0
+            if reduction == "max" or name in _OF_AN_UPDATE:
+                weight = applied
+            elif reduction == "mean":
+                weight = metrics["tokens/trained"]
+            step.add(name, value, weight, reduction)
     return step.reduce()
 
 

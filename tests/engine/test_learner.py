@@ -1,5 +1,7 @@
 """The learner on a real DeepSpeed engine, on one rank and on two, against plain PyTorch."""
 
+import math
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +33,7 @@ from maspo_ray.experience import (
 from maspo_ray.objectives import policy_loss
 from maspo_ray.objectives.tensor_ops import kl_estimate
 from maspo_ray.packing import pack
+from maspo_ray.run_dir.metrics import combine_updates
 
 pytestmark = [pytest.mark.engine, pytest.mark.ray]
 TEMPERATURE, KL, LR, STEPS, IMPORTANCE_CAP = 0.8, 0.1, 1e-3, 3, 1.5
@@ -302,14 +305,43 @@ def test_learner_step_with_a_loss_that_is_not_finite_is_left_out_and_names_the_g
         before = probe()
         report = step(broken)
         assert (report.applied, report.faulty_groups) == (False, (second.group.group_id,))
-        assert report.metrics["learner/skipped"] == 1
+        counts = {"learner/skipped": 1.0, "tokens/trained": 0.0, "learner/lr": LR}
+        known = {name: value for name, value in report.metrics.items() if not math.isnan(value)}
+        assert known.pop("time/train_s") > 0
+        assert known == counts
         assert np.array_equal(before, probe())
-        # What was left out leaves nothing behind for the next step.
-        assert step(experiences).applied
+        # What was left out leaves nothing behind for the next step, and its report had the same columns.
+        applied = step(experiences)
+        assert applied.applied
+        assert applied.metrics.keys() == report.metrics.keys()
         assert np.abs(probe() - expected).max() < 1e-5
     finally:
         for actor in actors:
             ray.kill(actor)
+
+
+def test_learner_time_of_a_step_holds_recomputes_passes_and_stands_once(tiny_model: str, own_ray: None) -> None:
+    def slow_down(learner: Any) -> None:
+        inner = learner._logprobs
+
+        def slowly(*arguments: Any) -> Any:
+            time.sleep(1.0)
+            return inner(*arguments)
+
+        learner._logprobs = slowly
+
+    experiences, _ = _batch(0)
+    [(plans, payloads)] = pack(experiences, 1, 4096, True, 2)
+    [actor] = _start(tiny_model, 1, None, 4096, "recompute")
+    try:
+        ray.get(actor.__ray_call__.remote(slow_down))
+        started = time.monotonic()
+        reports = ray.get(actor.train_step.remote(0, plans, *payloads))
+        took = time.monotonic() - started
+    finally:
+        ray.kill(actor)
+    assert 1.0 < combine_updates([report.metrics for report in reports])["time/train_s"] < took
+    assert len({tuple(report.metrics) for report in reports}) == 1
 
 
 def _bfloat16_expected(model_path: str, plans: Sequence[Any]) -> list[torch.Tensor]:

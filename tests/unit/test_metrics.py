@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from maspo_ray.rollouts.idle import IdleMeter
-from maspo_ray.run_dir.metrics import StepMetrics, combine_updates
+from maspo_ray.run_dir.metrics import STEP_COLUMNS, StepMetrics, combine_updates
 from maspo_ray.run_dir.sinks import JsonlSink, JsonlWriter, TensorBoardSink, json_bytes
 
 
@@ -62,6 +62,28 @@ def test_metrics_second_reduction_of_a_name_is_refused() -> None:
 def test_metrics_weight_of_a_sum_is_refused() -> None:
     with pytest.raises(AssertionError, match="a sum has no weights"):
         StepMetrics().add("tokens", 3.0, weight=2, reduction="sum")
+
+
+def test_metrics_declared_columns_are_there_whatever_happened_counts_as_0_and_the_rest_undefined() -> None:
+    metrics = StepMetrics(STEP_COLUMNS)
+    nothing = metrics.reduce()
+    assert list(nothing) == list(STEP_COLUMNS)
+    counts = {"groups/filtered", "groups/failed", "groups/cancelled"}
+    assert {name for name, value in nothing.items() if value == 0} == counts
+    assert all(math.isnan(value) for name, value in nothing.items() if name not in counts)
+    metrics.add("groups/filtered", 1, reduction="sum")
+    metrics.add("staleness/max", 0, reduction="max")
+    metrics.add_all("reward/mean", [0.25, 0.75])
+    something = metrics.reduce()
+    assert list(something) == list(STEP_COLUMNS)
+    assert (something["groups/filtered"], something["staleness/max"], something["reward/mean"]) == (1, 0, 0.5)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "max", "last"])
+def test_metrics_reduction_of_nothing_is_nan(reduction: str) -> None:
+    metrics = StepMetrics()
+    metrics.add("x", 3.0, 0.0, reduction)  # type: ignore[arg-type]
+    assert math.isnan(metrics.reduce()["x"])
 
 
 def test_jsonl_sink_writes_a_line_a_step_and_null_for_nan(tmp_path: Path) -> None:
@@ -160,15 +182,52 @@ def test_idle_meter_finish_without_start_is_refused() -> None:
 
 
 def test_combine_updates_weighs_means_by_tokens() -> None:
-    updates = [
-        {"loss": 1.0, "tokens/trained": 30.0, "objective/ratio_max": 2.0, "learner/lr": 0.1, "learner/skipped": 0.0},
-        {"loss": 5.0, "tokens/trained": 10.0, "objective/ratio_max": 1.5, "learner/lr": 0.2, "learner/skipped": 1.0},
-    ]
     # (1 · 30 + 5 · 10) / 40 = 2
-    assert combine_updates(updates) == {
+    assert combine_updates([_update(1.0, 30.0, lr=0.1), _update(5.0, 10.0, ratio_max=1.5)]) == {
         "loss": 2.0,
         "tokens/trained": 40.0,
         "objective/ratio_max": 2.0,
+        "learner/clipped_share": 0.0,
         "learner/lr": 0.2,
-        "learner/skipped": 1.0,
+        "learner/skipped": 0.0,
+        "time/train_s": 6.0,
     }
+
+
+def _update(
+    loss: float, tokens: float, ratio_max: float = 2.0, clipped: float = 0.0, lr: float = 0.2
+) -> dict[str, float]:
+    return {
+        "loss": loss,
+        "tokens/trained": tokens,
+        "objective/ratio_max": ratio_max,
+        "learner/clipped_share": clipped,
+        "learner/lr": lr,
+        "learner/skipped": 0.0,
+        "time/train_s": 3.0,
+    }
+
+
+SKIPPED = dict.fromkeys(_update(0.0, 0.0), math.nan) | {
+    "tokens/trained": 0.0,
+    "learner/lr": 0.3,
+    "learner/skipped": 1.0,
+    "time/train_s": 3.0,
+}
+
+
+def test_combine_updates_clipped_share_is_of_the_updates_applied_each_counting_once() -> None:
+    updates = [_update(1.0, 30.0, clipped=1.0), SKIPPED, _update(1.0, 10.0), _update(1.0, 10.0), _update(1.0, 50.0)]
+    assert combine_updates(updates)["learner/clipped_share"] == 0.25
+
+
+def test_combine_updates_one_that_was_left_out_is_counted_and_spoils_nothing() -> None:
+    learned = combine_updates([_update(1.0, 30.0), SKIPPED, SKIPPED])
+    assert learned == _update(1.0, 30.0) | {"learner/lr": 0.3, "learner/skipped": 2.0, "time/train_s": 9.0}
+
+
+def test_combine_updates_that_were_all_left_out_leave_counts_and_undefined_figures_by_the_same_names() -> None:
+    learned = combine_updates([SKIPPED, SKIPPED])
+    assert list(learned) == list(_update(1.0, 30.0))
+    known = {"tokens/trained": 0.0, "learner/lr": 0.3, "learner/skipped": 2.0, "time/train_s": 6.0}
+    assert {name: value for name, value in learned.items() if not math.isnan(value)} == known
