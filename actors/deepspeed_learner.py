@@ -7,6 +7,7 @@ whose loss or gradient is not finite is not applied.
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -105,6 +106,7 @@ class DeepSpeedLearner:
 
     def train_step(self, version: int, plans: Sequence[RankPlan], *payloads: Any) -> list[UpdateReport]:
         from actors.learner_metrics import reduced
+        from actors.parity_sums import ParitySums
         from maspo_ray.objectives.breakdown import Breakdown
 
         started = perf_counter()
@@ -114,7 +116,13 @@ class DeepSpeedLearner:
             # The first update meets the weights that the batch met: its own log-probs will do.
             old[1:] = [self._logprobs(plan, payloads) for plan in plans[1:]]
         breakdown = Breakdown(self._device)
-        reports = [self._update(plan, payloads, known, breakdown) for plan, known in zip(plans, old, strict=True)]
+        # Only the first update meets the weights that the batch met.
+        parity = ParitySums()
+        reports = [
+            self._update(plan, payloads, known, breakdown, parity if i == 0 else None)
+            for i, (plan, known) in enumerate(zip(plans, old, strict=True))
+        ]
+        reports[0] = replace(reports[0], parity=parity.reduce())
         # The breakdown is of all updates that were applied, so that it is the same in each report. The time is the step's, with what
         # is of no update by itself, such as recompute's passes: it stands once, and the sum over the updates is the step's.
         figures = reduced(breakdown)
@@ -136,13 +144,14 @@ class DeepSpeedLearner:
             return [self._engine(batch.tokens, self._temperature)[0] for batch in batches]
 
     def _update(
-        self, plan: RankPlan, payloads: Sequence[Any], old: Sequence[Any] | None, breakdown: Any
+        self, plan: RankPlan, payloads: Sequence[Any], old: Sequence[Any] | None, breakdown: Any, parity: Any
     ) -> UpdateReport:
         """Makes one optimizer update; returns its report, of an update that is left out by the same names.
 
         Args:
             old: with `recompute`, log π_old of each micro-batch, [tokens]; None for what the weights say now.
             breakdown: takes up this update's, if it is applied.
+            parity: takes up the difference to the engines' log-probs; None for an update that others came before.
         """
         from actors.deepspeed_engine import apply_update
         from actors.learner_metrics import UpdateSums, faulty_groups
@@ -151,7 +160,7 @@ class DeepSpeedLearner:
         sums = UpdateSums(self._device)
         token_losses = []
         for i, bundles in enumerate(plan.micro_batches):
-            loss, token_loss = self._loss(bundles, payloads, old[i] if old else None, sums)
+            loss, token_loss = self._loss(bundles, payloads, old[i] if old else None, sums, parity)
             token_losses.append(token_loss)
             # DeepSpeed averages gradients over the ranks; the shares are to be added up.
             self._engine.backward(loss * (self._world_size / plan.batch_tokens), scale_wrt_gas=False)
@@ -172,12 +181,10 @@ class DeepSpeedLearner:
         counts = {"tokens/trained": float(plan.batch_tokens), "learner/skipped": 0.0}
         return UpdateReport(metrics | counts | rate, True, ())
 
-    def _loss(self, bundles: Sequence[Bundle], payloads: Sequence[Any], old: Any, sums: Any) -> tuple[Any, Any]:
-        """Returns the loss, Σ over the tokens of a micro-batch, and its terms, [tokens] without a gradient.
-
-        A loss that is not finite has a gradient that is not, on which the update is left out; by itself it need not: that of a clamp
-        is 0 at NaN.
-        """
+    def _loss(
+        self, bundles: Sequence[Bundle], payloads: Sequence[Any], old: Any, sums: Any, parity: Any
+    ) -> tuple[Any, Any]:
+        """Returns the loss, Σ over the tokens of a micro-batch, and its terms, [tokens] without a gradient."""
         import torch
 
         from actors.micro_batch import gather_micro_batch
@@ -189,6 +196,8 @@ class DeepSpeedLearner:
         recompute = self._objective.old_policy == "recompute"
         if old is None:
             old = logprobs.detach() if recompute else batch.behaviour_logprobs
+        if parity is not None:
+            parity.add(logprobs, batch)
         policy = policy_loss(logprobs, old, batch.advantages, self._objective)
         token_loss = policy.token_loss
         if recompute:
@@ -206,6 +215,8 @@ class DeepSpeedLearner:
             token_loss = token_loss + self._kl.coef * divergence
         sums.add("loss", token_loss, batch.mask)
         loss = masked_sum(token_loss, batch.mask)
+        # An update is left out where its gradient is not finite. A loss that is NaN can have a finite gradient, since that of a clamp is
+        # 0 at NaN: multiplying by NaN here makes sure that it has not.
         fault = torch.where(loss.detach().isfinite(), 0.0, math.nan)
         return loss + fault * logprobs.sum(), token_loss.detach()
 

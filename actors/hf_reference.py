@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maspo_ray.config import ModelConfig
-from maspo_ray.experience import Completion, Prompt
+from maspo_ray.experience import SampledGroup
 
 _ROW_TOKENS = 8192
 """Of one forward pass, unless one sequence has more."""
@@ -34,18 +34,13 @@ class HFReference:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = load_token_model(self._config).eval().requires_grad_(False).to(self._device)
 
-    def completion_logprobs(
-        self, prompt: Prompt, *batches: Sequence[Completion]
-    ) -> tuple[Sequence[NDArray[np.float32]], int]:
+    def completion_logprobs(self, group: SampledGroup) -> tuple[Sequence[NDArray[np.float32]], int]:
         from actors.token_model import completion_logprobs
 
-        ended = [completion for batch in batches for completion in batch]
-        # Whichever ended first: rounding depends on what lies beside what.
-        order = sorted(range(len(ended)), key=lambda i: ended[i].sample)
-        completions = [ended[i].token_ids for i in order]
+        prompt, completions = group.prompt.token_ids, [completion.token_ids for completion in group.completions]
         # So many behind one copy of the prompt that each row is about full.
-        room = max(1, (_ROW_TOKENS - len(prompt.token_ids)) // max(map(len, completions)))
+        room = max(1, (_ROW_TOKENS - len(prompt)) // max(map(len, completions)))
         size = room if self._model.shares_prompts else 1
-        bundles = [(prompt.token_ids, completions[i : i + size]) for i in range(0, len(completions), size)]
+        bundles = [(prompt, completions[i : i + size]) for i in range(0, len(completions), size)]
         found = completion_logprobs(self._model, bundles, self._temperature, self._device, _ROW_TOKENS)
-        return [found[order.index(i)] for i in range(len(ended))], sum(map(len, completions))
+        return found, sum(map(len, completions))

@@ -4,16 +4,14 @@ Promise: every token comes with its log-prob at the sampling temperature and the
 the engine. Weights change in flight: what is running goes on under the new ones.
 """
 
-import asyncio
 import os
-from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from maspo_ray.config import ModelConfig, RolloutConfig
-from maspo_ray.experience import Completion, CompletionFacts, Prompt, VersionSpan
+from maspo_ray.experience import Completion, Sampling, VersionSpan
 from maspo_ray.weight_sync import backend_for
 
 
@@ -35,11 +33,13 @@ def engine_arguments(model: ModelConfig, rollout: RolloutConfig, max_model_token
         "disable_log_stats": True,
     }
     if rollout.gpus > 0:
+        arguments["worker_extension_cls"] = "maspo_ray.weight_sync.checksum.ChecksumWorkerExtension"
         arguments["tensor_parallel_size"] = max(1, int(rollout.gpus))
         if rollout.gpus > 1:
             # In a placement group vLLM would otherwise ask Ray for GPUs of its own, which this actor already holds.
             arguments["distributed_executor_backend"] = "mp"
     else:
+        # Importing it registers the gloo backend in the engine's process.
         arguments["worker_extension_cls"] = "maspo_ray.weight_sync.gloo_engine.GlooWorkerExtension"
         arguments["kv_cache_memory_bytes"] = int(rollout.kv_cache_gib * 2**30)
         arguments["enforce_eager"] = True
@@ -58,36 +58,23 @@ def cpu_environment(threads: int) -> dict[str, str]:
     }
 
 
-def spans_since(version: int, stamps: Sequence[Any]) -> tuple[VersionSpan, ...]:
-    """Returns the spans of a completion from the engine's stamps.
-
-    The first begins at the version that the request was given to the engine at: where an update came before its prompt was computed,
-    blocks of the prompt can be from there, which the engine's stamp of the first token does not say.
-    """
-    spans = [VersionSpan(int(stamp.version), stamp.start, stamp.end) for stamp in stamps]
-    return (VersionSpan(min(version, spans[0].version), spans[0].start, spans[0].end), *spans[1:])
-
-
-class _RunningGroup:
-    """The requests of one prompt that have not ended.
-
-    Attributes:
-        version: the oldest that one of its completions began at; None before the first.
-        expired: whether they were cancelled because of it.
-    """
-
-    def __init__(self) -> None:
-        self.running: set[asyncio.Task[Completion]] = set()
-        self.version: int | None = None
-        self.expired = False
-
-    def cancel(self) -> None:
-        for task in self.running:
-            task.cancel()
+def completion_of(output: Any) -> Completion:
+    """Returns vLLM's `CompletionOutput` as a completion."""
+    # Missing would otherwise read as log-prob 0, which is probability 1.
+    assert output.logprobs is not None and len(output.logprobs) == len(output.token_ids), "a token has no log-prob"
+    assert output.weight_versions, "the engine stamped no weight version"
+    logprobs = [entry[token].logprob for entry, token in zip(output.logprobs, output.token_ids, strict=True)]
+    return Completion(
+        token_ids=np.asarray(output.token_ids, dtype=np.int32),
+        logprobs=np.asarray(logprobs, dtype=np.float32),
+        spans=tuple(VersionSpan(int(stamp.version), stamp.start, stamp.end) for stamp in output.weight_versions),
+        finish_reason=str(output.finish_reason),
+        text=output.text,
+    )
 
 
 class VLLMRollout:
-    """One engine. See `maspo_ray.protocols.RolloutActor`."""
+    """One engine. See `maspo_ray.protocols.RolloutEngine`."""
 
     def __init__(
         self, *, model: ModelConfig, rollout: RolloutConfig, max_model_tokens: int, threads: int, seed: int
@@ -97,13 +84,7 @@ class VLLMRollout:
         self._max_model_tokens = max_model_tokens
         self._threads = threads
         self._seed = seed
-        self._version = 0
         self._num_requests = 0
-        self._groups: set[_RunningGroup] = set()
-        # Clear while weights change.
-        self._steady = asyncio.Event()
-        # What waits for a place waits here, where no version is fixed for it yet, and not in the engine.
-        self._places = asyncio.Semaphore(rollout.max_concurrent_requests)
 
     async def setup(self) -> None:
         os.environ.update({"TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1"})
@@ -116,102 +97,38 @@ class VLLMRollout:
         arguments = engine_arguments(self._model, self._rollout, self._max_model_tokens, self._seed)
         transfer = WeightTransferConfig(**arguments.pop("weight_transfer_config"))
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments, weight_transfer_config=transfer))
-        await self._engine.update_weight_version(str(self._version))
-        self._steady.set()
+        await self._engine.update_weight_version("0")
 
-    async def generate(
-        self, prompt: Prompt, *, temperature: float, max_new_tokens: int, seeds: Sequence[int | None]
-    ) -> AsyncIterator[list[Completion] | list[CompletionFacts]]:
-        group = _RunningGroup()
-        group.running = {
-            asyncio.create_task(self._complete(group, prompt, temperature, max_new_tokens, sample, seed))
-            for sample, seed in enumerate(seeds)
-        }
-        self._groups.add(group)
-        try:
-            while group.running:
-                # What ends in one step of the engine comes out together.
-                ended, group.running = await asyncio.wait(group.running, return_when=asyncio.FIRST_COMPLETED)
-                if group.expired:
-                    yield []
-                    yield []
-                    return
-                completions = [task.result() for task in ended]
-                # `expire` may come while these are on their way; what it has cancelled is then the next to end.
-                yield completions
-                yield [CompletionFacts.of(completion) for completion in completions]
-        finally:
-            self._groups.remove(group)
-            group.cancel()
+    async def sample(
+        self, token_ids: NDArray[np.int32], *, sampling: Sampling, seed: int | None, cache_key: str
+    ) -> Completion:
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+
+        parameters = SamplingParams(
+            temperature=sampling.temperature,
+            max_tokens=sampling.max_new_tokens,
+            seed=seed,
+            logprobs=0,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        self._num_requests += 1
+        # A request that runs through an update keeps its blocks, computed under the weights before; the salt keeps others from them.
+        inputs = TokensPrompt(prompt_token_ids=token_ids.tolist(), cache_salt=cache_key)
+        # Cancelled, the request is aborted in the engine.
+        outputs = [output async for output in self._engine.generate(inputs, parameters, str(self._num_requests))]
+        assert outputs and outputs[-1].finished, "the engine ended a request without its last output"
+        return completion_of(outputs[-1].outputs[0])
 
     async def check(self) -> None:
         await self._engine.check_health()
         # Of the engine's own process, which holds the transfer group.
         await self._engine.is_paused()
 
-    async def expire(self, oldest_version: int) -> None:
-        for group in self._groups:
-            if group.version is not None and group.version < oldest_version:
-                group.expired = True
-                # Cancelled requests are aborted in the engine.
-                group.cancel()
-
-    async def _complete(
-        self,
-        group: _RunningGroup,
-        prompt: Prompt,
-        temperature: float,
-        max_new_tokens: int,
-        sample: int,
-        seed: int | None,
-    ) -> Completion:
-        parameters = self._parameters(temperature, max_new_tokens, seed)
-        async with self._places:
-            await self._steady.wait()
-            salted = self._version
-            if group.version is None:
-                group.version = salted
-            output = (await self._run(prompt.token_ids, parameters, salted)).outputs[0]
-        # Missing would otherwise read as log-prob 0, which is probability 1.
-        assert output.logprobs is not None and len(output.logprobs) == len(output.token_ids), "a token has no log-prob"
-        assert output.weight_versions, "the engine stamped no weight version"
-        return Completion(
-            token_ids=np.asarray(output.token_ids, dtype=np.int32),
-            logprobs=np.asarray(
-                [entry[token].logprob for entry, token in zip(output.logprobs, output.token_ids, strict=True)],
-                dtype=np.float32,
-            ),
-            spans=spans_since(salted, output.weight_versions),
-            finish_reason=str(output.finish_reason),
-            text=output.text,
-            sample=sample,
-        )
-
-    def _parameters(self, temperature: float, max_new_tokens: int, seed: int | None) -> Any:
-        """Returns the sampling parameters of one completion."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        return SamplingParams(
-            temperature=temperature,
-            max_tokens=max_new_tokens,
-            seed=seed,
-            logprobs=0,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-
-    async def _run(self, token_ids: NDArray[np.int32], parameters: Any, version: int) -> Any:
-        """Returns the last output of a request whose prompt shares cached blocks with those of the same version alone.
-
-        What runs through an update keeps its blocks, computed under the weights before.
-        """
-        from vllm.inputs import TokensPrompt
-
-        self._num_requests += 1
-        inputs = TokensPrompt(prompt_token_ids=token_ids.tolist(), cache_salt=f"v{version}")
-        outputs = [output async for output in self._engine.generate(inputs, parameters, str(self._num_requests))]
-        assert outputs and outputs[-1].finished, "the engine ended a request without its last output"
-        return outputs[-1]
+    async def weight_checksum(self) -> str | None:
+        checksums: list[str] = await self._engine.collective_rpc("weight_checksum")
+        return " ".join(checksums)
 
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
@@ -222,7 +139,6 @@ class VLLMRollout:
         await self._engine.collective_rpc("stage_weights", args=(update_info,))
 
     async def start_weight_update(self) -> None:
-        self._steady.clear()
         # Clearing the cache would take the blocks of what is running too, and compute them all again.
         await self._engine.pause_generation(mode="keep", clear_cache=False)
         await self._engine.start_weight_update()
@@ -234,9 +150,7 @@ class VLLMRollout:
 
     async def finish_weight_update(self, weight_version: int) -> None:
         await self._engine.finish_weight_update(weight_version=str(weight_version))
-        self._version = weight_version
         await self._engine.resume_generation()
-        self._steady.set()
 
     async def shutdown(self) -> None:
         self._engine.shutdown()

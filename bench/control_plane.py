@@ -7,7 +7,7 @@ controller_ms_per_group        CPU of the controller's process for a group, at 1
 growth_64_to_1024              that figure at 1,024 actors / at 64
 memory_slope_bytes_per_group   of Python's live memory against groups that have ended, at 1,024 actors
 
-Real are `Pipeline`, `RolloutPool`, `StalenessGate`, `GroupLedger`, `ReadyBuffer`, `PromptStream`, `RunFolder`, `Timeline` and `pack`; simulated is
+Real are `Pipeline`, `RolloutPool`, `StalenessGate`, `GroupLedger`, `ReadyBuffer`, `PromptStream`, `RunFiles`, `Timeline` and `pack`; simulated is
 what stands behind a Ray handle (`bench/simulated.py`). Each sample comes in an object of its own, the most that a group can cost; a fifth
 of the groups is filtered and refilled, some go past the staleness bound, some samples cannot be scored.
 

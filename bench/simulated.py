@@ -1,8 +1,8 @@
 """What stands behind a Ray handle, simulated in virtual time, for the real controller to drive.
 
-Promise: rollout actors, reward actors and learner ranks answer as real ones do, in the same objects and order, after log-normal times; a
-day of theirs passes in seconds, because the loop's clock jumps to the next timer when nothing is ready. What they did is kept in
-`SimulatedFleet`, so that the controller's books can be held against it. Owns no tokens and no measurement.
+Promise: engines, reward actors and learner ranks answer as real ones do, after log-normal times; a day of theirs passes in seconds, because the
+loop's clock jumps to the next timer when nothing is ready. The rollout hosts are the real ones: only the engines in them are simulated. What
+they did is kept in `SimulatedFleet`, so that the controller's books can be held against it. Owns no tokens and no measurement.
 """
 
 import asyncio
@@ -11,10 +11,10 @@ import io
 import math
 import random
 import selectors
-from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,25 +24,25 @@ import numpy as np
 from maspo_ray.config import RunConfig
 from maspo_ray.data.prompts import PromptStream
 from maspo_ray.data.samplers import UniformSampler
-from maspo_ray.evaluation.parity import ParityCheck
 from maspo_ray.experience import (
     Completion,
-    CompletionFacts,
     Outcome,
     Prompt,
     PublishReport,
+    SampledGroup,
     UpdateReport,
     Verdict,
     VersionSpan,
 )
-from maspo_ray.fleet.loading import load_door
+from maspo_ray.fleet.loading import load_late_policy
+from maspo_ray.groups.intake import Intake
+from maspo_ray.hosts.engine_table import EngineTable
+from maspo_ray.hosts.messages import SampleRequest
+from maspo_ray.hosts.rollout_host import Answer, RolloutHost
 from maspo_ray.pipeline.loop import Pipeline
 from maspo_ray.rollouts.error_watch import ErrorWatch
 from maspo_ray.rollouts.pool import RolloutPool
-from maspo_ray.run_dir.folder import RunFolder
-from maspo_ray.run_dir.history import RunRecord
-from maspo_ray.run_dir.progress import Progress
-from maspo_ray.run_dir.timeline import Timeline
+from maspo_ray.run_dir.journal import Journal
 
 
 class _Waiting(selectors.DefaultSelector):
@@ -54,6 +54,7 @@ class _Waiting(selectors.DefaultSelector):
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
+        self._timers_in_a_row = 0
         self.answers: list[tuple[float, int, asyncio.Future[Any], Any]] = []
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
@@ -62,6 +63,9 @@ class _Waiting(selectors.DefaultSelector):
         comes_at = self.answers[0][0] if self.answers else math.inf
         timer_at = math.inf if timeout is None else self.now + timeout
         assert min(comes_at, timer_at) < math.inf, "nothing is ready, and nothing is to come; the run hangs"
+        # A watch over waits has a timer always.
+        self._timers_in_a_row = 0 if comes_at <= timer_at else self._timers_in_a_row + 1
+        assert self._timers_in_a_row < 100_000, "nothing but timers is to come; the run hangs"
         self.now = min(comes_at, timer_at)
         if comes_at <= timer_at:
             _, _, future, value = heapq.heappop(self.answers)
@@ -123,211 +127,217 @@ class Behaviour:
     seed: int = 0
 
 
-class Ref:
-    """Stands for an object in the object store; there at once."""
+class Call:
+    """Stands for the answer of an actor's method."""
 
-    __slots__ = ("value",)
+    __slots__ = ("_running",)
 
-    def __init__(self, value: Any) -> None:
-        self.value = value
+    def __init__(self, running: Coroutine[Any, Any, Any]) -> None:
+        self._running = running
 
-    def __await__(self) -> Generator[None, None, Any]:
-        yield from ()
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self._running.__await__()
+
+
+class Payload:
+    """Stands for a group's payload in the object store; there once its call has ended."""
+
+    __slots__ = ("_call", "__weakref__")
+
+    def __init__(self, call: "asyncio.Task[Answer]") -> None:
+        self._call = call
+
+    @property
+    def value(self) -> SampledGroup:
+        group = self._call.result()[0]
+        assert group is not None
+        return group
+
+    def __await__(self) -> Generator[Any, None, SampledGroup]:
+        yield from self._call.__await__()
         return self.value
 
 
-class Call:
-    """Stands for the answer of an actor that takes its time."""
+class _RemoteMethod:
+    """A method of an actor, called as Ray does."""
 
-    __slots__ = ("_answer",)
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self.remote = method
 
-    def __init__(self, answer: "asyncio.Future[Any]") -> None:
-        self._answer = answer
-
-    def future(self) -> "asyncio.Future[Any]":
-        return self._answer
-
-
-class _Payload:
-    """Stands for the completion that a stream yields, which is made only where somebody looks at it.
-
-    Attributes:
-        version: of the weights that it was begun with.
-        verdict: what the reward will say of it.
-    """
-
-    __slots__ = ("sample", "num_tokens", "version", "verdict")
-
-    def __init__(self, sample: int, num_tokens: int, version: int, verdict: Verdict) -> None:
-        self.sample = sample
-        self.num_tokens = num_tokens
-        self.version = version
-        self.verdict = verdict
-
-    def __await__(self) -> Generator[None, None, list[Completion]]:
-        yield from ()
-        tokens, logprobs = np.zeros(self.num_tokens, np.int32), np.zeros(self.num_tokens, np.float32)
-        spans = (VersionSpan(self.version, 0, self.num_tokens),)
-        return [Completion(tokens, logprobs, spans, "stop", "", self.sample)]
-
-
-class _Stream:
-    """A group's completions as they end, each followed by its facts."""
-
-    __slots__ = ("_fleet", "_running", "_started", "_version", "_ending", "_shown", "_coming")
-
-    def __init__(
-        self, fleet: "SimulatedFleet", running: "set[_Stream]", version: int, ending: list[tuple[float, _Payload]]
-    ) -> None:
-        self._fleet = fleet
-        self._running = running
-        self._started = fleet.loop.clock()
-        self._version = version
-        self._ending = ending
-        self._shown: _Payload | None = None
-        self._coming: asyncio.Future[Any] | None = None
-        running.add(self)
-
-    def __aiter__(self) -> "_Stream":
+    def options(self, **_: Any) -> "_RemoteMethod":
         return self
 
-    def __anext__(self) -> Awaitable[Any]:
-        if self._shown is not None:
-            shown, self._shown, self._coming = self._shown, None, None
-            facts = CompletionFacts(shown.num_tokens, shown.version, self._fleet.version, "stop", shown.sample)
-            return Ref(Ref([facts] if shown is not _EXPIRED else []))
-        if not self._ending:
-            self._running.discard(self)
-            return _END
-        after_s, self._shown = self._ending.pop()
-        self._coming = self._fleet.loop.answer(self._started + after_s - self._fleet.loop.clock(), self._shown)
-        return self._coming
 
-    def expire(self, oldest_version: int) -> None:
-        """Ends what waits for its next completion, if it began before a version."""
-        if self._version < oldest_version and self._coming is not None and not self._coming.done():
-            self._running.discard(self)
-            self._ending.clear()
-            self._shown = _EXPIRED
-            self._coming.set_result(_EXPIRED)
+_Fate = list[str]
+_FATE: ContextVar[_Fate] = ContextVar("fate")
+"""What the reward will say of a group's completions, which the engine writes into their texts: it knows of no groups."""
+_RIGHT, _WRONG, _FAILS = "right", "wrong", "fails"
+_VERDICTS = {
+    _RIGHT: Verdict.from_reward(1.0),
+    _WRONG: Verdict.from_reward(0.0),
+    _FAILS: Verdict.unscored(Outcome.ERROR, "simulated"),
+}
+_LONGEST = 1 << 17
+_TOKENS, _LOGPROBS = np.zeros(_LONGEST, np.int32), np.zeros(_LONGEST, np.float32)
 
 
-class _End:
-    def __await__(self) -> Generator[None, None, None]:
-        yield from ()
-        raise StopAsyncIteration
+class SimulatedEngine:
+    """A `RolloutEngine` whose completions take log-normal times."""
+
+    def __init__(self, *, fleet: "SimulatedFleet") -> None:
+        self._fleet = fleet
+        self._version = 0
+
+    async def setup(self) -> None:
+        pass
+
+    async def sample(self, token_ids: Any, *, sampling: Any, seed: int | None, cache_key: str) -> Completion:
+        began_with = self._version
+        after_s = next(self._fleet.completion_s)
+        text = _FATE.get([_WRONG]).pop()
+        await self._fleet.loop.answer(after_s, None)
+        count = min(_LONGEST, max(1, int(after_s * self._fleet.behaviour.tokens_per_s)))
+        spans = (VersionSpan(began_with, 0, count),)
+        if self._version != began_with and count > 1:
+            # It went on through an update.
+            spans = (VersionSpan(began_with, 0, count - 1), VersionSpan(self._version, count - 1, count))
+        return Completion(_TOKENS[:count], _LOGPROBS[:count], spans, "stop", text)
+
+    async def check(self) -> None:
+        pass
+
+    async def weight_checksum(self) -> str | None:
+        return str(self._fleet.weights_of(self._version))
+
+    async def start_weight_update(self) -> None:
+        pass
+
+    async def finish_weight_update(self, weight_version: int) -> None:
+        self._version = weight_version
+
+    async def shutdown(self) -> None:
+        pass
 
 
-_END = _End()
-_EXPIRED = _Payload(0, 0, 0, Verdict.from_reward(0.0))
-_UNSCORED = Verdict.unscored(Outcome.ERROR, "simulated")
-_WRONG, _RIGHT = Verdict.from_reward(0.0), Verdict.from_reward(1.0)
+class SimulatedLearner:
+    """Has what the pipeline asks of a `LearnerGroup`."""
+
+    shares_prompts = True
+
+    def __init__(self, fleet: "SimulatedFleet", ranks: int) -> None:
+        self._fleet = fleet
+        self.data_ranks = ranks
+
+    async def train(self, version: int, shares: Sequence[Any]) -> list[UpdateReport]:
+        fleet = self._fleet
+        await asyncio.sleep(fleet.behaviour.train_s)
+        updates = list(zip(*(plans for plans, _ in shares), strict=True))
+        applied = [fleet.random.random() >= fleet.behaviour.skipped_share for _ in updates]
+        fleet.changed_at += [version + 1] * any(applied)
+        fleet.on_train(version, shares, applied)
+        return [
+            UpdateReport({"tokens/trained": float(plans[0].batch_tokens)}, done, ())
+            for plans, done in zip(updates, applied, strict=True)
+        ]
+
+    async def publish(self, version: int, replicas: tuple[int, ...]) -> PublishReport:
+        fleet = self._fleet
+        await asyncio.sleep(fleet.behaviour.publish_s)
+        for replica in replicas:
+            await fleet.hosts[replica].start_weight_update()
+            await fleet.hosts[replica].finish_weight_update(version)
+        fleet.on_publish(version)
+        return PublishReport(fleet.behaviour.publish_s, ((0.0, fleet.behaviour.publish_s),) * len(replicas))
+
+    async def logprobs(self, pairs: Sequence[Any]) -> list[Any]:
+        return [_LOGPROBS[: len(completion)] for _, completion in pairs]
+
+    async def save(self, folder: Path) -> None:
+        pass
+
+    async def save_state(self, folder: Path) -> None:
+        pass
 
 
 class SimulatedFleet:
     """Has what the pipeline asks of a `Fleet`.
 
     Attributes:
-        version: of the weights that the engines hold.
-        on_train: is told the arguments of each `train_step`, one for each rank, and which of its updates are applied.
+        hosts: the rollout hosts, which are the real ones.
+        changed_at: the versions at which the learner's weights changed.
+        on_train: is told the version, the shares of each `train`, and which of its updates are applied.
         on_publish: is told each version.
     """
-
-    shares_prompts = True
 
     def __init__(self, loop: VirtualLoop, engines: int, rewards: int, ranks: int, behaviour: Behaviour) -> None:
         self.loop = loop
         self.behaviour = behaviour
-        self.version = 0
-        self.on_train: Callable[[Sequence[Any], Sequence[bool]], None] = lambda arguments, applied: None
+        self.changed_at: list[int] = []
+        self.on_train: Callable[[int, Sequence[Any], Sequence[bool]], None] = lambda version, shares, applied: None
         self.on_publish: Callable[[int], None] = lambda version: None
-        self._random = random.Random(behaviour.seed)
-        self._completion_s = _lognormal(behaviour.median_s, behaviour.sigma, behaviour.seed)
+        self.random = random.Random(behaviour.seed)
+        self.completion_s = _lognormal(behaviour.median_s, behaviour.sigma, behaviour.seed)
         self._score_s = _lognormal(behaviour.score_s, behaviour.sigma, behaviour.seed + 1)
-        score = SimpleNamespace(remote=lambda _, payload: Call(loop.answer(next(self._score_s), [payload.verdict])))
-        self._actors: dict[str, list[Any]] = {
-            "rollout": [self._engine() for _ in range(engines)],
-            "reward": [SimpleNamespace(score=score) for _ in range(rewards)],
-            "reference": [],
-            "learner": list(range(ranks)),
-        }
+        self._num_rewards = rewards
+        self.learner = SimulatedLearner(self, ranks)
+        self.transfer_sets = (tuple(range(engines)),)
+        self.hosts = [
+            RolloutHost(SimulatedEngine, {"fleet": self}, 1 << 30, 3600.0, clock=loop.clock) for _ in range(engines)
+        ]
+        self._handles = [self._handle(host) for host in self.hosts]
 
-    def _engine(self) -> SimpleNamespace:
-        running: set[_Stream] = set()
+    async def start(self) -> None:
+        """Sets up the hosts."""
+        for host in self.hosts:
+            await host.setup()
+            await host.connect_rewards(self._num_rewards, self._score)
 
-        def generate(prompt: Any, **arguments: Any) -> _Stream:
-            return self._generate(running, **arguments)
+    async def _score(self, replica: int, prompt: Prompt, completions: Sequence[Completion]) -> list[Verdict]:
+        await self.loop.answer(next(self._score_s), None)
+        return [_VERDICTS[completion.text] for completion in completions]
 
-        def expire(oldest_version: int) -> Ref:
-            for stream in list(running):
-                stream.expire(oldest_version)
-            return Ref(None)
+    def _handle(self, host: RolloutHost) -> SimpleNamespace:
+        def sample(request: SampleRequest) -> tuple[Payload, Call]:
+            before = _FATE.set(self._fate(len(request.seeds)))
+            call = self.loop.create_task(host.sample(request))
+            _FATE.reset(before)
 
-        options = SimpleNamespace(remote=generate)
+            async def answer() -> Any:
+                return (await call)[1]
+
+            return Payload(call), Call(answer())
+
         return SimpleNamespace(
-            generate=SimpleNamespace(options=lambda **_: options), expire=SimpleNamespace(remote=expire)
+            sample=_RemoteMethod(sample),
+            beat=_RemoteMethod(lambda oldest_version: Call(host.beat(oldest_version))),
+            weight_checksum=_RemoteMethod(lambda: Call(host.weight_checksum())),
         )
 
-    def of_role(self, role: str) -> list[Any]:
-        return self._actors[role]
+    def handle(self, role: str, replica: int) -> Any:
+        assert role == "rollout", f"the pipeline asked for a {role} actor"
+        return self._handles[replica]
 
-    @staticmethod
-    def put(value: Any) -> Ref:
-        return Ref(value)
+    def count(self, role: str) -> int:
+        return {"rollout": len(self.hosts), "reward": self._num_rewards, "reference": 0}[role]
+
+    def weights_of(self, version: int) -> int:
+        """Returns the version at which the weights of a version last changed."""
+        return max((changed for changed in self.changed_at if changed <= version), default=0)
 
     @staticmethod
     async def object_store_used_bytes() -> float:
         return 0.0
 
-    def _generate(
-        self,
-        running: set[_Stream],
-        *,
-        temperature: float,
-        max_new_tokens: int,
-        seeds: Sequence[int | None],
-    ) -> _Stream:
-        rate, version = self.behaviour.tokens_per_s, self.version
-        ending = [
-            (after_s, _Payload(sample, max(1, int(after_s * rate)), version, verdict))
-            for sample, (verdict, after_s) in enumerate(
-                zip(self._verdicts(len(seeds)), self._completion_s, strict=False)
-            )
-        ]
-        ending.sort(key=itemgetter(0), reverse=True)
-        return _Stream(self, running, version, ending)
-
-    def _verdicts(self, count: int) -> list[Verdict]:
-        drawn, behaviour = self._random.random, self.behaviour
+    def _fate(self, count: int) -> _Fate:
+        drawn, behaviour = self.random.random, self.behaviour
         if drawn() < behaviour.unscorable_share:
-            return [_UNSCORED] * count
+            return [_FAILS] * count
         if drawn() < behaviour.filtered_share:
             return [_WRONG] * count
-        verdicts = [_WRONG, _RIGHT] * (count // 2) + [_WRONG] * (count % 2)
+        fate = [_WRONG, _RIGHT] * (count // 2) + [_WRONG] * (count % 2)
         if drawn() < behaviour.unscored_share * count:
-            verdicts[int(drawn() * count)] = _UNSCORED
-        return verdicts
-
-    async def learners(self, method: str, *arguments: Any) -> Any:
-        if method == "publish":
-            await asyncio.sleep(self.behaviour.publish_s)
-            self.version = arguments[0]
-            self.on_publish(self.version)
-            pauses = ((0.0, self.behaviour.publish_s),) * len(self.of_role("rollout"))
-            return PublishReport(self.behaviour.publish_s, pauses)
-        assert method == "completion_logprobs", f"the pipeline called learners({method!r})"
-        return [np.zeros(len(completion), np.float32) for _, completion in arguments[0]]
-
-    async def learners_each(self, method: str, arguments: Sequence[Sequence[Any]]) -> list[UpdateReport]:
-        assert method == "train_step", f"the pipeline called learners_each({method!r})"
-        await asyncio.sleep(self.behaviour.train_s)
-        updates = list(zip(*(plans for _, plans, *_ in arguments), strict=True))
-        applied = [self._random.random() >= self.behaviour.skipped_share for _ in updates]
-        self.on_train(arguments, applied)
-        return [
-            UpdateReport({"tokens/trained": float(plans[0].batch_tokens)}, done, ())
-            for plans, done in zip(updates, applied, strict=True)
-        ]
+            fate[int(drawn() * count)] = _FAILS
+        return fate
 
 
 def _lognormal(median: float, sigma: float, seed: int) -> Iterator[float]:
@@ -352,23 +362,34 @@ def simulated_config(folder: Path, **pipeline: Any) -> RunConfig:
     return RunConfig.model_validate(tree)
 
 
-def simulated_pipeline(
+async def simulated_pipeline(
     config: RunConfig, fleet: SimulatedFleet, prompts: Sequence[Prompt], evaluator: Any = None
-) -> tuple[Pipeline, RunFolder]:
-    """Returns the real pipeline before simulated actors, and its open files; to be called within a `VirtualLoop`.
+) -> tuple[Pipeline, Journal, RolloutPool]:
+    """Returns the real pipeline before simulated engines, its journal and its pool; to be called within a `VirtualLoop`.
 
     Args:
         evaluator: does what an `Evaluator` does, or None.
     """
-    folder: Any = RunFolder(config)
+    await fleet.start()
     shared: Any = fleet
-    timeline = Timeline(folder.write_trace, fleet.loop.clock)
-    errors = ErrorWatch(config.reward.max_error_rate)
-    pool = RolloutPool(fleet.of_role("rollout"), fleet.of_role("reward"), errors, timeline)
-    parity = ParityCheck(shared, prompts[:1], config.rollout, *config.parity_bound)
-    sampler = UniformSampler(len(prompts), shuffle=True, seed=config.seed)
-    stream = PromptStream(prompts, sampler, shuffle=True, seed=config.seed)
-    door = load_door(config.pipeline)
-    progress = Progress(config.pipeline.steps, "off", io.StringIO())
-    record = RunRecord(config)
-    return Pipeline(config, shared, pool, stream, evaluator, parity, folder, progress, record, timeline, door), folder
+    journal = Journal(config, io.StringIO(), fleet.loop.clock)
+    pipeline = config.pipeline
+    pool = RolloutPool(
+        shared,
+        EngineTable(len(fleet.hosts)),
+        ErrorWatch(config.reward.max_error_rate),
+        journal.timeline,
+        config.rollout.timeout_s,
+        pipeline.weight_sync_timeout_s,
+    )
+    stream = PromptStream(
+        prompts, UniformSampler(len(prompts), shuffle=True, seed=config.seed), shuffle=True, seed=config.seed
+    )
+    intake = Intake(
+        pipeline.groups_per_step,
+        pipeline.max_staleness,
+        pipeline.steps,
+        load_late_policy(pipeline),
+        journal.ledger,
+    )
+    return Pipeline(config, shared, pool, stream, intake, evaluator, journal), journal, pool

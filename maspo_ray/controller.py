@@ -6,7 +6,6 @@ Ctrl-C, its actors are ended, its files closed, and what was saved is said.
 
 import asyncio
 import signal
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,23 +13,20 @@ from contextlib import contextmanager
 from maspo_ray.config import RunConfig
 from maspo_ray.data.prompts import PromptStream, load_prompts
 from maspo_ray.evaluation.evaluator import Evaluator
-from maspo_ray.evaluation.parity import ParityCheck
 from maspo_ray.experience import Prompt
 from maspo_ray.fleet.fleet import Fleet
 from maspo_ray.fleet.loading import Plugins, load_plugins
 from maspo_ray.fleet.placement import Plan, demands
 from maspo_ray.fleet.ray_session import connected, object_store_bytes
 from maspo_ray.fleet.reservation import Reservation, reserve, wait_for_cluster
+from maspo_ray.groups.intake import Intake
+from maspo_ray.hosts.engine_table import EngineTable
 from maspo_ray.pipeline.loop import Pipeline
 from maspo_ray.preflight import check_object_store, preflight
 from maspo_ray.rollouts.error_watch import ErrorWatch
 from maspo_ray.rollouts.pool import RolloutPool
-from maspo_ray.run_dir.curves import draw_curves
-from maspo_ray.run_dir.folder import RunFolder
-from maspo_ray.run_dir.history import RunRecord
-from maspo_ray.run_dir.progress import Progress
+from maspo_ray.run_dir.journal import Journal
 from maspo_ray.run_dir.summary import RunSummary
-from maspo_ray.run_dir.timeline import Timeline
 
 
 def train(config: RunConfig, resume: bool = False) -> RunSummary:
@@ -59,57 +55,51 @@ class _Session:
     def __init__(self, config: RunConfig, plugins: Plugins, plan: Plan, reservation: Reservation) -> None:
         self._config = config
         self._plugins = plugins
-        self._folder = RunFolder(config)
-        self._record = RunRecord(config)
-        self._timeline = Timeline(self._folder.write_trace)
+        self._journal = Journal(config)
         self._errors = ErrorWatch(config.reward.max_error_rate)
         self._fleet = Fleet(config, plugins.classes, plan, reservation)
-        self._pipeline: Pipeline | None = None
+        pipeline = config.pipeline
+        self._intake = Intake(
+            pipeline.groups_per_step, pipeline.max_staleness, pipeline.steps, plugins.late_policy, self._journal.ledger
+        )
 
     async def run(self) -> RunSummary:
         interrupted = False
-        progress = Progress(self._config.pipeline.steps, self._config.logging.progress, sys.stdout)
         try:
-            with progress, _interruptible():
-                await self._work(progress)
+            with self._journal, _interruptible():
+                await self._work()
         except asyncio.CancelledError:
             interrupted = True
         except BaseExceptionGroup as group:
             raise _first_cause(group) from None
         finally:
             await self._fleet.shutdown()
-            self._folder.close()
-        return self._summarise(interrupted)
+            self._journal.close()
+        errors = {"training": self._errors.errors}
+        return self._journal.summarise(groups=self._intake.counts, errors=errors, interrupted=interrupted)
 
-    async def _work(self, progress: Progress) -> None:
-        config = self._config
-        progress.note("starting the actors")
-        with self._timeline.span("learner", "set-up"):
+    async def _work(self) -> None:
+        config, journal = self._config, self._journal
+        journal.note("starting the actors")
+        with journal.timeline.span("learner", "set-up"):
             (train_prompts, eval_prompts), _ = await asyncio.gather(
-                asyncio.to_thread(self._prompts), self._fleet.setup(progress.note)
+                asyncio.to_thread(self._prompts), self._fleet.setup(journal.note)
             )
-        pool = RolloutPool(self._fleet.of_role("rollout"), self._fleet.of_role("reward"), self._errors, self._timeline)
-        probes = train_prompts[: config.pipeline.parity_prompts]
-        parity = ParityCheck(self._fleet, probes, config.rollout, *config.parity_bound)
-        self._pipeline = Pipeline(
-            config,
+        pool = RolloutPool(
             self._fleet,
-            pool,
-            PromptStream(
-                train_prompts, self._plugins.sampler(len(train_prompts)), shuffle=config.data.shuffle, seed=config.seed
-            ),
-            Evaluator(pool, eval_prompts, config.eval, config.rollout, config.seed) if eval_prompts else None,
-            parity,
-            self._folder,
-            progress,
-            self._record,
-            self._timeline,
-            self._plugins.door,
+            EngineTable(self._fleet.count("rollout")),
+            self._errors,
+            journal.timeline,
+            config.rollout.timeout_s,
+            config.pipeline.weight_sync_timeout_s,
         )
-        await self._pipeline.run()
+        sampler = self._plugins.sampler(len(train_prompts))
+        prompts = PromptStream(train_prompts, sampler, shuffle=config.data.shuffle, seed=config.seed)
+        evaluator = Evaluator(pool, eval_prompts, config.eval, config.rollout, config.seed) if eval_prompts else None
+        await Pipeline(config, self._fleet, pool, prompts, self._intake, evaluator, journal).run()
         if config.checkpoint.save_final:
-            with self._timeline.span("learner", "save"):
-                await self._fleet.learners("save", str(self._folder.final.resolve()))
+            with journal.timeline.span("learner", "save"):
+                await self._fleet.learner.save(journal.files.final.resolve())
 
     def _prompts(self) -> tuple[list[Prompt], list[Prompt]]:
         # Imported here: transformers takes seconds, during which the actors start.
@@ -121,20 +111,6 @@ class _Session:
         )
         held_out = load_prompts(data.eval, data, tokenizer, "data.eval") if data.eval is not None else []
         return load_prompts(data.train, data, tokenizer, "data.train"), held_out
-
-    def _summarise(self, interrupted: bool) -> RunSummary:
-        if self._config.logging.curves:
-            draw_curves(self._folder.path)
-        groups = self._pipeline.group_counts if self._pipeline else {"submitted": 0}
-        summary = self._record.summary(
-            groups=groups,
-            seconds=self._timeline.totals(),
-            errors=self._errors.errors,
-            interrupted=interrupted,
-            saved=self._folder.saved(),
-        )
-        self._folder.write_summary(summary)
-        return summary
 
 
 @contextmanager

@@ -1,15 +1,13 @@
 """What flows through the pipeline, from a prompt to what the learner trains on.
 
-Promise: plain frozen data, no engine, no Ray. Two sizes of thing live here: payloads (`Prompt`, `Completion`), which stay
+Promise: plain frozen data, no engine, no Ray. Two sizes of thing live here: payloads (`SampledGroup`), which stay
 with Ray and travel by reference, and the small facts about them (`CompletionFacts`, `Verdict`, `Rollout`, `Group`),
 which the controller works with. Token ids go in and come out; nothing is tokenised twice.
 """
 
 import math
-from collections import Counter
 from dataclasses import dataclass, field
 from enum import StrEnum
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,7 +52,6 @@ class Completion:
         spans: cover [0, tokens) without gaps.
         finish_reason: "stop" or "length" (cut off at the token limit).
         text: the engine's decoding, special tokens left out; for rewards and people only.
-        sample: its place in the group, which is that of its seed.
     """
 
     token_ids: NDArray[np.int32]
@@ -62,7 +59,6 @@ class Completion:
     spans: tuple[VersionSpan, ...]
     finish_reason: str
     text: str
-    sample: int = 0
 
 
 class CompletionFacts(NamedTuple):
@@ -72,12 +68,36 @@ class CompletionFacts(NamedTuple):
     min_version: int
     max_version: int
     finish_reason: str
-    sample: int = 0
 
     @classmethod
     def of(cls, completion: Completion) -> "CompletionFacts":
         versions = [span.version for span in completion.spans]
-        return cls(len(completion.token_ids), min(versions), max(versions), completion.finish_reason, completion.sample)
+        return cls(len(completion.token_ids), min(versions), max(versions), completion.finish_reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How completions are sampled.
+
+    Attributes:
+        temperature: behaviour log-probs are those at this temperature.
+        max_new_tokens: a completion is cut off here.
+    """
+
+    temperature: float
+    max_new_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class SampledGroup:
+    """A prompt with what was sampled for it: the payload of a group, which stays in Ray's object store.
+
+    Attributes:
+        completions: in the order of their seeds, whichever ended first.
+    """
+
+    prompt: Prompt
+    completions: tuple[Completion, ...]
 
 
 class Outcome(StrEnum):
@@ -120,15 +140,8 @@ class Verdict:
 
 
 class Rollout(NamedTuple):
-    """One completion with its verdict. A tuple, since a controller has very many.
+    """What the controller knows of one completion of a group. A tuple, since a controller has very many."""
 
-    Attributes:
-        payload: refers to the list of `Completion`s that this one ended together with.
-        position: its place in that list.
-    """
-
-    payload: Any
-    position: int
     facts: CompletionFacts
     verdict: Verdict
 
@@ -138,19 +151,21 @@ class Group:
     """The rollouts of one prompt, as the controller holds them.
 
     Attributes:
-        prompt: refers to the `Prompt` in the object store.
+        payload: refers to the `SampledGroup` in the object store.
         prompt_tokens: length of the prompt.
         submitted_version: the learner's version when the group was admitted.
-        rollouts: in the order of their samples, whichever ended first.
+        replica: of the rollout actor that sampled it.
+        rollouts: in the order of their seeds.
         seeds: of the rollouts' sampling, in the same order; none where they are not known.
         min_version: the oldest that sampled one of its tokens; max_version, the newest.
     """
 
     group_id: int
     prompt_id: str
-    prompt: Any
+    payload: Any
     prompt_tokens: int
     submitted_version: int
+    replica: int
     rollouts: tuple[Rollout, ...]
     seeds: tuple[int, ...] = ()
     min_version: int = field(init=False)
@@ -160,18 +175,6 @@ class Group:
         facts = [rollout.facts for rollout in self.rollouts]
         object.__setattr__(self, "min_version", min([fact.min_version for fact in facts]))
         object.__setattr__(self, "max_version", max([fact.max_version for fact in facts]))
-
-    @property
-    def payloads(self) -> list[Any]:
-        """References to the lists of completions, each once."""
-        return list(dict.fromkeys(rollout.payload for rollout in self.rollouts))
-
-    @property
-    def places(self) -> list[int]:
-        """For each rollout, its place in the lists of `payloads` one after the other."""
-        lengths = Counter(rollout.payload for rollout in self.rollouts)
-        starts = dict(zip(lengths, accumulate(lengths.values(), initial=0), strict=False))
-        return [starts[rollout.payload] + rollout.position for rollout in self.rollouts]
 
     @property
     def pass_rate(self) -> float | None:
@@ -191,8 +194,8 @@ class Experience:
     Attributes:
         advantages: one for each rollout; None for one that is in no loss and no normaliser, because it could not be scored or was
             left out.
-        reference_logprobs: refers to a list with, for each completion of the group's payloads, [tokens] float32 log-probs under
-            the reference policy; None without KL.
+        reference_logprobs: refers to a list with, for each completion of the payload in turn, [tokens] float32 log-probs under the
+            reference policy; None without KL.
     """
 
     group: Group
@@ -206,6 +209,20 @@ class Experience:
 
 
 @dataclass(frozen=True, slots=True)
+class Parity:
+    """How far two sides' log-probs of the same tokens are apart.
+
+    Attributes:
+        max: largest |Δ log-prob|; mean, over the tokens.
+        tokens: how many were compared.
+    """
+
+    max: float
+    mean: float
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class UpdateReport:
     """What an optimizer update came to.
 
@@ -213,11 +230,14 @@ class UpdateReport:
         metrics: over the update's groups, all ranks, by their names in metrics.jsonl.
         applied: whether the weights changed. An update whose loss or gradient is not finite is left out.
         faulty_groups: ids of the groups whose loss was not finite; none where the gradient alone was not.
+        parity: of each rollout replica, over the tokens of completions that began with the very weights that meet them here; all
+            ranks. Empty for an update that others of the batch came before.
     """
 
     metrics: dict[str, float]
     applied: bool
     faulty_groups: tuple[int, ...]
+    parity: dict[int, Parity] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,21 +15,20 @@ from typing import Any, NamedTuple
 
 from maspo_ray.experience import Experience
 
-_TOKENS_WORTH_OF_PAIRS = 12_288
-"""A token costs a transformer's linear layers what so many query-key pairs cost its attention: 6 × hidden size, here of 2048."""
+_PAIRS_PER_TOKEN = 12_288
+"""Query-key pairs whose attention costs as much as one token in the linear layers. A token takes about 12 · hidden² multiplications in a
+layer, a pair 2 · hidden: 6 × hidden size, here of 2048. It only weighs the ranks' shares against each other."""
 
 
 class Item(NamedTuple):
     """One rollout to train on. A tuple, since a step has very many.
 
     Attributes:
-        completion: position of a list of completions in the rank's payloads, and its own in the list.
-        reference: position of a list of reference log-probs there, and its own in the list; None without KL.
+        sample: its place among the completions of its group's payload, and among the reference's log-probs.
         num_tokens: completion tokens.
     """
 
-    completion: tuple[int, int]
-    reference: tuple[int, int] | None
+    sample: int
     advantage: float
     num_tokens: int
 
@@ -38,12 +37,16 @@ class Bundle(NamedTuple):
     """Completions behind one copy of their prompt.
 
     Attributes:
-        prompt: position of the prompt in the rank's payloads.
+        payload: position of their `SampledGroup` in the rank's payloads.
+        reference: position of the group's reference log-probs there; None without KL.
         group_id: of the group that they are from.
+        replica: of the rollout actor that sampled them.
     """
 
-    prompt: int
+    payload: int
+    reference: int | None
     group_id: int
+    replica: int
     items: tuple[Item, ...]
 
 
@@ -178,19 +181,14 @@ def _cuts(experience: Experience, max_tokens: int, share: bool) -> Iterator[_Cut
         tokens = sum(own)
         # A prompt's tokens see each other, a completion's the prompt and each other, in each case those before.
         pairs = prompt * prompt / 2 + prompt * tokens + sum([length * length for length in own]) / 2
-        cost = prompt + tokens + pairs / _TOKENS_WORTH_OF_PAIRS
+        cost = prompt + tokens + pairs / _PAIRS_PER_TOKEN
         yield _Cut(experience, advantages, [trained[place] for place in places], tokens, prompt + tokens, cost)
 
 
 def _bundle(cut: _Cut, positions: dict[Any, int]) -> Bundle:
     """Returns the bundle of a cut; adds what it refers to to `positions`, each reference once."""
     group, reference = cut.experience.group, cut.experience.reference_logprobs
-    prompt = positions.setdefault(group.prompt, len(positions))
-    places = [] if reference is None else group.places
-    items = []
-    for i in cut.rollouts:
-        payload, position, facts, _ = group.rollouts[i]
-        completion = positions.setdefault(payload, len(positions)), position
-        logprobs = None if reference is None else (positions.setdefault(reference, len(positions)), places[i])
-        items.append(Item(completion, logprobs, cut.advantages[i], facts.num_tokens))
-    return Bundle(prompt, group.group_id, tuple(items))
+    items = tuple([Item(i, cut.advantages[i], group.rollouts[i].facts.num_tokens) for i in cut.rollouts])
+    payload = positions.setdefault(group.payload, len(positions))
+    logprobs = None if reference is None else positions.setdefault(reference, len(positions))
+    return Bundle(payload, logprobs, group.group_id, group.replica, items)

@@ -1,11 +1,11 @@
-"""What each role must offer, so that an actor, a sampler or a door's policy of the user's own plugs in exactly as the built-in ones do.
+"""What each role must offer, so that an actor, a sampler or a late policy of the user's own plugs in exactly as the built-in ones do.
 
 Promise: an actor is a plain class with a cheap constructor (it keeps its arguments) and a `setup` that does the heavy work.
 The constructor receives the keyword arguments of its role (see each protocol), and the section's `args` after them.
 `fleet` wraps the class with `ray.remote`; nothing else does. Methods may be sync or async where it says so.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from maspo_ray.config import UpdateOrder
 from maspo_ray.experience import (
     Completion,
-    CompletionFacts,
     Experience,
     Prompt,
     PublishReport,
+    SampledGroup,
+    Sampling,
     UpdateReport,
     Verdict,
 )
@@ -52,10 +53,10 @@ class Sampler(Protocol):
         ...
 
 
-class DoorPolicy(Protocol):
-    """Decides at the learner's door about groups that have gone past `pipeline.max_staleness`. Lives in the controller.
+class LatePolicy(Protocol):
+    """Decides about groups that come to the learner past `pipeline.max_staleness`. Lives in the controller.
 
-    Constructor: `max_staleness: int`, and `pipeline.door.args` after it.
+    Constructor: `max_staleness: int`, and `pipeline.late_policy.args` after it.
     """
 
     def oldest_version(self, version: int) -> int:
@@ -84,23 +85,25 @@ class RewardActor(Protocol):
         ...
 
 
-class RolloutActor(Protocol):
+class RolloutEngine(Protocol):
     """Samples completions. Constructor: `model: ModelConfig, rollout: RolloutConfig, max_model_tokens: int, threads: int,
     seed: int`.
 
-    The weight methods are vLLM's own names, so that vLLM's trainer-side transfer engines can drive them.
+    `maspo_ray.hosts.rollout_host` runs it in its actor and owns what every engine needs alike: how many completions run at once and in
+    which order, versions, expiry, scoring. The weight methods are vLLM's own names, so that vLLM's trainer-side transfer engines can
+    drive them.
     """
 
     async def setup(self) -> None: ...
 
-    def generate(
-        self, prompt: Prompt, *, temperature: float, max_new_tokens: int, seeds: Sequence[int | None]
-    ) -> AsyncIterator[list[Completion] | list[CompletionFacts]]:
-        """Yields the completions of a prompt, one for each seed, as they end; `sample` is the seed's place.
+    async def sample(
+        self, token_ids: NDArray[np.int32], *, sampling: Sampling, seed: int | None, cache_key: str
+    ) -> Completion:
+        """Returns a completion of a prompt's [tokens] int32; cancelled, it frees what it holds.
 
-        Two objects at a time: a list of the completions that have ended since the last, which stays in the object store,
-        and the list of what the controller may know of them. An async generator; a seed of None leaves it to the engine. Two
-        empty lists are the last objects of a prompt that `expire` has ended.
+        Args:
+            seed: None leaves it to the engine.
+            cache_key: what is cached of the prompt may be shared with requests of the same key alone.
         """
         ...
 
@@ -108,12 +111,12 @@ class RolloutActor(Protocol):
         """Returns when the engine has given a sign of life; raises where it has died."""
         ...
 
-    async def expire(self, oldest_version: int) -> None:
-        """Ends the prompts of which a token was sampled by weights older than `oldest_version`, and frees what they hold."""
+    async def weight_checksum(self) -> str | None:
+        """Returns what changes when the weights do and is the same for engines that hold the same, None where the engine cannot say."""
         ...
 
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Joins the learner's transfer group; `init_info` is the backend's."""
+        """Joins a transfer group of the learner's, in place of any before; `init_info` is the backend's."""
         ...
 
     async def stage_weights(self, update_info: dict[str, Any]) -> None:
@@ -140,11 +143,9 @@ class ReferenceActor(Protocol):
 
     def setup(self) -> None: ...
 
-    def completion_logprobs(
-        self, prompt: Prompt, *batches: Sequence[Completion]
-    ) -> tuple[Sequence[NDArray[np.float32]], int]:
-        """Returns, for each completion of the batches in turn, [tokens] float32 log-probs at the sampling temperature, which stay in
-        the object store; and how many tokens there were, which the controller may know."""
+    def completion_logprobs(self, group: SampledGroup) -> tuple[Sequence[NDArray[np.float32]], int]:
+        """Returns, for each completion of the group in turn, [tokens] float32 log-probs at the sampling temperature, which stay in the
+        object store; and how many tokens there were, which the controller may know."""
         ...
 
 

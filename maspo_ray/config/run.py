@@ -25,7 +25,6 @@ from maspo_ray.config.sections import (
     LearnerConfig,
     LoggingConfig,
     ModelConfig,
-    ParityStatistic,
     PipelineConfig,
     PlacementConfig,
     ReferenceConfig,
@@ -113,13 +112,6 @@ class RunConfig(Section):
     def max_model_tokens(self) -> int:
         """Longest sequence, prompt and completion together, in tokens."""
         return self.rollout.max_model_tokens or self.data.max_prompt_tokens + self.rollout.max_new_tokens
-
-    @property
-    def parity_bound(self) -> tuple[ParityStatistic, float]:
-        """What of |Δ log-prob| between learner and engine is bounded, and by how much."""
-        defaults: dict[str, tuple[ParityStatistic, float]] = {"float32": ("max", 1e-3), "bfloat16": ("mean", 0.1)}
-        statistic, bound = defaults[self.model.dtype]
-        return statistic, bound if self.pipeline.parity_bound is None else self.pipeline.parity_bound
 
 
 class _FileAndFlags(BaseSettings, RunConfig):  # type: ignore[misc]

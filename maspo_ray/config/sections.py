@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 Dtype = Literal["float32", "bfloat16"]
 UpdateOrder = Literal["together", "rolling"]
-ParityStatistic = Literal["max", "mean"]
 
 
 class Section(BaseModel):
@@ -83,6 +82,8 @@ class RolloutConfig(RoleConfig):
     """Completions in flight in one engine."""
     max_model_tokens: int | None = Field(None, ge=2)
     """Longest prompt and completion together; by default data.max_prompt_tokens + rollout.max_new_tokens."""
+    timeout_s: float = Field(3600.0, gt=0)
+    """An engine that has completions under way and ends none for so long ends the run."""
     kv_cache_gib: float = Field(0.25, gt=0)
     """KV cache of an engine that runs on CPU; on a GPU vLLM takes `gpu_memory_utilization` from `engine`."""
     update: UpdateOrder = "together"
@@ -150,6 +151,8 @@ class RewardConfig(RoleConfig):
 class ReferenceConfig(RoleConfig):
     actor: str = "actors.hf_reference:HFReference"
     cpus: float = Field(0.2, ge=0)
+    timeout_s: float = Field(3600.0, gt=0)
+    """A reference actor that has groups to score and scores none for so long ends the run."""
 
 
 class LoraConfig(Section):
@@ -240,7 +243,7 @@ class LearnerConfig(RoleConfig):
         return self
 
 
-class DoorConfig(PluginConfig):
+class LatePolicyConfig(PluginConfig):
     path: str = "maspo_ray.groups.late_policy:DropStale"
     """Dotted path `module:Class`; `maspo_ray.groups.late_policy:TrainStale` trains on what is at most `max_lag` versions behind."""
 
@@ -252,14 +255,16 @@ class PipelineConfig(Section):
     """Groups that one step trains on (B), in `learner.updates_per_batch` updates."""
     max_staleness: int = Field(1, ge=0)
     """Weight versions that a trained token may be behind the learner (η); 0 is on-policy and synchronous."""
-    door: DoorConfig = DoorConfig()
+    late_policy: LatePolicyConfig = LatePolicyConfig()
     """What decides about a group that has gone past `max_staleness`."""
     parity_every: int = Field(10, ge=0)
-    """Steps between checks that learner and rollout engine agree; 0 checks at start only."""
+    """An engine that had no token of current weights in a batch for so many steps samples some, so that learner and engine are compared;
+    those that have are compared at every step for nothing. 0 samples at start only."""
     parity_bound: float | None = Field(None, gt=0)
     """Of |Δ log-prob| over tokens that the engine samples: the largest in float32 (by default at most 1e-3), the mean in
-    bfloat16, whose rounding has outliers (by default at most 0.1)."""
+    bfloat16, whose rounding has outliers (by default at most 0.1, and at most 3 times what it is at the run's start)."""
     parity_prompts: int = Field(8, ge=1)
+    """Prompts that an engine samples a completion for where it is compared by itself, as at the start."""
     filter_zero_variance: bool = True
     """Groups whose rewards are all equal carry no gradient: filter and refill them."""
     filter_overlong: bool = False

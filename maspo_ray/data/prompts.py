@@ -160,6 +160,10 @@ class PromptStream:
         self._times_drawn[index] += 1
         return draw
 
+    def first(self, count: int) -> Sequence[Prompt]:
+        """Returns the first prompts of the data, at most so many; nothing is drawn."""
+        return self._prompts[:count]
+
     def observe(self, index: int, pass_rate: float) -> None:
         """Tells the sampler which share of a group's scored completions was correct."""
         self._sampler.observe(index, pass_rate)

@@ -1,63 +1,73 @@
-"""Held-out accuracy, as a run goes on.
+"""Held-out accuracy, while training goes on.
 
-Promise: an evaluation is of one weight version, over the same prompts and sampling seeds each time.
+Promise: the same prompts and the same sampling seeds each time, ahead of all training in the engines; a result says which weight versions sampled
+it.
 """
 
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import ray
-
 from maspo_ray.config import EvalConfig, RolloutConfig
-from maspo_ray.experience import Outcome, Prompt
-from maspo_ray.rollouts.pool import RolloutPool
+from maspo_ray.experience import Outcome, Prompt, Sampling
+from maspo_ray.hosts.messages import Priority
+from maspo_ray.rollouts.pool import RolloutPool, Sampled
 
 _SEED_STRIDE = 1_000_003
 
 
 @dataclass(frozen=True, slots=True)
 class EvalResult:
-    """`accuracy` is the mean over scored samples, NaN where none was."""
+    """What an evaluation came to.
+
+    Attributes:
+        accuracy: mean over scored samples, NaN where none was.
+        min_version: the oldest weights that sampled a token of it; max_version, the newest.
+    """
 
     accuracy: float
     num_prompts: int
     samples: int
     unscored: int
+    min_version: int
+    max_version: int
 
 
 class Evaluator:
-    """Measures held-out accuracy: the same prompts and the same sampling seeds each time."""
+    """Measures held-out accuracy.
+
+    Args:
+        prompts: at least one.
+    """
 
     def __init__(
         self, pool: RolloutPool, prompts: Sequence[Prompt], config: EvalConfig, rollout: RolloutConfig, seed: int
     ) -> None:
         self._pool = pool
-        self._config = config
-        self._max_new_tokens = rollout.max_new_tokens
-        self._seed = seed
-        self._prompts = [(ray.put(prompt), len(prompt.token_ids)) for prompt in prompts]
+        self._prompts = prompts
+        self._samples = config.samples
+        self._sampling = Sampling(config.temperature, rollout.max_new_tokens)
+        self._first_seed = seed * _SEED_STRIDE
 
     async def evaluate(self) -> EvalResult:
-        """Returns the accuracy under the weights that the engines hold now."""
-        samples = self._config.samples
-        first = self._seed * _SEED_STRIDE
+        """Returns the accuracy under the weights that the engines hold meanwhile."""
         async with asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(
-                    self._pool.sample(
-                        prompt,
-                        tokens,
-                        temperature=self._config.temperature,
-                        max_new_tokens=self._max_new_tokens,
-                        seeds=range(first + i * samples, first + (i + 1) * samples),
-                    )
-                )
-                for i, (prompt, tokens) in enumerate(self._prompts)
-            ]
-        sampled = [rollouts for task in tasks if (rollouts := task.result()) is not None]
-        assert len(sampled) == len(tasks), "an evaluation's samples were ended for their age, though no weights changed"
-        verdicts = [rollout.verdict for rollouts in sampled for rollout in rollouts]
+            tasks = [group.create_task(self._sample(i, prompt)) for i, prompt in enumerate(self._prompts)]
+        sampled = [task.result() for task in tasks]
+        verdicts = [verdict for one in sampled for verdict in one.ended.verdicts]
+        facts = [fact for one in sampled for fact in one.ended.facts]
         scored = [verdict.correct for verdict in verdicts if verdict.outcome is Outcome.SCORED]
-        accuracy = sum(scored) / len(scored) if scored else float("nan")
-        return EvalResult(accuracy, len(self._prompts), samples, len(verdicts) - len(scored))
+        return EvalResult(
+            accuracy=sum(scored) / len(scored) if scored else float("nan"),
+            num_prompts=len(self._prompts),
+            samples=self._samples,
+            unscored=len(verdicts) - len(scored),
+            min_version=min(fact.min_version for fact in facts),
+            max_version=max(fact.max_version for fact in facts),
+        )
+
+    async def _sample(self, number: int, prompt: Prompt) -> Sampled:
+        first = self._first_seed + number * self._samples
+        sampled = await self._pool.sample(prompt, self._sampling, range(first, first + self._samples), Priority.PROBE)
+        assert sampled is not None, "an evaluation's samples were ended for their age"
+        return sampled

@@ -1,102 +1,138 @@
-"""Whether learner and engines agree, as a run goes on.
+"""Whether learner and engines compute the same log-probs.
 
-Promise: the log-probs of the same tokens are compared under both, and a difference beyond the bound ends the run.
+Promise: parity compares the log-probs of the same tokens under both, of each engine by itself, and a difference beyond the bound ends the run with
+the engine's name. It costs nothing where the learner scores tokens anyhow that the very weights sampled that it holds; an engine that has none
+in a batch for a while samples a few.
+
+What an engine says of a token is its behaviour log-prob, so that the check is of the very numbers that training takes the ratio to. Only sampled
+tokens are compared: those that a policy would not sample have log-probs that rounding alone moves far; in bfloat16 a difference of 0.8 was seen on
+a prompt's token between two right sides. For the same reason the bound is on the mean over the tokens there, and in float32 on the largest.
 """
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from maspo_ray.config import ParityStatistic, RolloutConfig
+from maspo_ray.config import Dtype, RolloutConfig
 from maspo_ray.errors import RunError
-from maspo_ray.experience import Completion, Prompt
-from maspo_ray.fleet.calls import named
-from maspo_ray.fleet.fleet import Fleet
+from maspo_ray.experience import Completion, Parity, Prompt, SampledGroup, Sampling
+from maspo_ray.hosts.messages import Priority
+from maspo_ray.rollouts.pool import RolloutPool
 
-_PARITY_TOKENS = 64
-"""A check samples completions of at most so many tokens; it is to cost little beside a step."""
+ParityStatistic = Literal["max", "mean"]
+
+_PROBE_TOKENS = 64
+"""A probe samples completions of at most so many tokens; it is to cost little beside a step."""
+_FEWEST_TOKENS = 256
+"""A mean over fewer tokens says little: those of the next batches are added to them."""
+_FLOAT32_MAX, _BFLOAT16_MEAN = 1e-3, 0.1
+_OVER_FIRST = 3.0
+"""In bfloat16 the mean may be so many times what it was at the start: 0.1 alone would hide an update that never arrived."""
 
 
-@dataclass(frozen=True, slots=True)
-class Parity:
-    """The largest and the mean |Δ log-prob| over tokens."""
-
-    max: float
-    mean: float
-
-
-class ParityCheck:
-    """Lets every engine sample completions and the learner score the same tokens.
-
-    What an engine says of a token is its behaviour log-prob, so that the check is of the very numbers that training takes the
-    ratio to. Only sampled tokens are compared: those that a policy would not sample have log-probs that rounding alone moves far; in
-    bfloat16 a difference of 0.8 was seen on a prompt's token between two right sides. For the same reason the bound is on the
-    mean over the tokens there, and in float32 on the largest.
+class ParityBounds:
+    """Holds each engine's differences against the bound. A pure state machine.
 
     Args:
-        prompts: to sample completions for.
-        statistic: of |Δ log-prob|, what `bound` bounds.
+        bound: on |Δ log-prob| of `statistic_of(dtype)`, as the config gives it; None for the default.
     """
 
-    def __init__(
-        self, fleet: Fleet, prompts: Sequence[Prompt], rollout: RolloutConfig, statistic: ParityStatistic, bound: float
-    ) -> None:
-        self._fleet = fleet
-        self._prompts = prompts
-        self._temperature = rollout.temperature
-        self._max_new_tokens = min(rollout.max_new_tokens, _PARITY_TOKENS)
-        self._statistic = statistic
+    def __init__(self, dtype: Dtype, bound: float | None) -> None:
+        self._statistic = statistic_of(dtype)
         self._bound = bound
+        self._first: float | None = None
+        # Of each replica, tokens that are too few yet to say something of their mean.
+        self._few: dict[int, Parity] = {}
 
-    async def check(self, version: int) -> Parity:
-        """Returns how far the sides are apart, the worst engine counting.
+    def check(self, version: int, found: Mapping[int, Parity]) -> None:
+        """Takes up what was found, by replica, in tokens of the weights of a version.
 
         Raises:
-            RunError: it is beyond the bound, or not a number.
+            RunError: an engine is beyond the bound, or its difference is not a number.
         """
-        engines = self._fleet.of_role("rollout")
-        sampled = await asyncio.gather(
-            *(
-                self._complete(f"rollout/{i}", engine, prompt)
-                for i, engine in enumerate(engines)
-                for prompt in self._prompts
+        for replica, parity in found.items():
+            if self._statistic == "max":
+                self._judge(version, replica, parity.max, _FLOAT32_MAX)
+                continue
+            gathered = joined([parity, *filter(None, [self._few.pop(replica, None)])])
+            self._judge(version, replica, gathered.mean, _BFLOAT16_MEAN)
+            if gathered.tokens < _FEWEST_TOKENS:
+                self._few[replica] = gathered
+            elif self._first is None:
+                self._first = gathered.mean
+            else:
+                self._judge(version, replica, gathered.mean, _OVER_FIRST * self._first)
+
+    def _judge(self, version: int, replica: int, distance: float, default: float) -> None:
+        bound = default if self._bound is None else self._bound
+        if not distance <= bound:
+            raise RunError(
+                f"parity is {distance:.3g} between the learner and rollout/{replica} at version {version}; the {self._statistic} "
+                f"|Δ log-prob| of the same tokens may be at most {bound:.3g}. The engine does not hold the learner's "
+                "weights, or computes them otherwise: check model.dtype and rollout.engine, or raise pipeline.parity_bound."
             )
-        )
-        pairs = [(prompt.token_ids, completion.token_ids) for prompt, completion in sampled]
-        learner = await self._fleet.learners("completion_logprobs", pairs)
-        behaviour = [completion.logprobs for _, completion in sampled]
-        size = len(self._prompts)
-        parities = [
-            compare_logprobs(learner[start : start + size], behaviour[start : start + size])
-            for start in range(0, len(sampled), size)
+
+
+def statistic_of(dtype: Dtype) -> ParityStatistic:
+    """Returns what of |Δ log-prob| is bounded: bfloat16's rounding has outliers."""
+    return "max" if dtype == "float32" else "mean"
+
+
+def joined(parities: Sequence[Parity]) -> Parity:
+    """Returns the difference over the tokens of all, at least one of which has some."""
+    tokens = sum(parity.tokens for parity in parities)
+    # max() would keep a NaN or not by its place.
+    largest = float(np.max([parity.max for parity in parities]))
+    return Parity(largest, sum(parity.mean * parity.tokens for parity in parities) / tokens, tokens)
+
+
+class Scores(Protocol):
+    """What scores tokens under the learner's weights."""
+
+    async def logprobs(
+        self, pairs: Sequence[tuple[NDArray[np.int32], NDArray[np.int32]]]
+    ) -> Sequence[NDArray[np.float32]]: ...
+
+
+class ParityProbe:
+    """Lets engines sample a few completions, and the learner score the same tokens.
+
+    Args:
+        prompts: to sample completions for, at least one.
+    """
+
+    def __init__(self, pool: RolloutPool, learner: Scores, prompts: Sequence[Prompt], rollout: RolloutConfig) -> None:
+        self._pool = pool
+        self._learner = learner
+        self._prompts = prompts
+        self._sampling = Sampling(rollout.temperature, min(rollout.max_new_tokens, _PROBE_TOKENS))
+
+    async def compare(self, replicas: Iterable[int]) -> dict[int, Parity]:
+        """Returns how far the learner is from each of the engines, which hold its weights."""
+        asked = [(replica, prompt) for replica in replicas for prompt in self._prompts]
+        sampled = await asyncio.gather(*(self._complete(replica, prompt) for replica, prompt in asked))
+        pairs = [
+            (prompt.token_ids, completion.token_ids) for (_, prompt), completion in zip(asked, sampled, strict=True)
         ]
-        for i, parity in enumerate(parities):
-            distance = getattr(parity, self._statistic)
-            if not distance <= self._bound:
-                raise RunError(
-                    f"parity is {distance:.3g} between the learner and rollout/{i} at version {version}; the {self._statistic} "
-                    f"|Δ log-prob| of the same tokens may be at most {self._bound:g}. The engine does not hold the learner's "
-                    "weights, or computes them otherwise: check model.dtype and rollout.engine, or raise "
-                    "pipeline.parity_bound."
-                )
-        return Parity(max(parity.max for parity in parities), max(parity.mean for parity in parities))
+        learner = await self._learner.logprobs(pairs)
+        found: dict[int, list[Parity]] = {}
+        for (replica, _), completion, logprobs in zip(asked, sampled, learner, strict=True):
+            found.setdefault(replica, []).append(difference(logprobs, completion.logprobs))
+        return {replica: joined(parities) for replica, parities in found.items()}
 
-    async def _complete(self, name: str, engine: Any, prompt: Prompt) -> tuple[Prompt, Completion]:
-        """Returns the prompt with a completion that the engine samples for it."""
-        stream = engine.generate.options(num_returns="streaming").remote(
-            prompt, temperature=self._temperature, max_new_tokens=self._max_new_tokens, seeds=[0]
-        )
-        async for ended in stream:
-            completions: list[Completion] = await named(f"{name} failed to generate", ended)
-            return prompt, completions[0]
-        raise RunError(f"{name} generated nothing")
+    async def _complete(self, replica: int, prompt: Prompt) -> Completion:
+        """Returns a completion that an engine samples."""
+        sampled = await self._pool.sample(prompt, self._sampling, [0], Priority.PROBE, scored=False, replica=replica)
+        assert sampled is not None, "a probe was ended for its age"
+        payload: Any = sampled.payload
+        group: SampledGroup = await payload
+        return group.completions[0]
 
 
-def compare_logprobs(a: Sequence[NDArray[np.float32]], b: Sequence[NDArray[np.float32]]) -> Parity:
-    """Returns the differences of the log-probs of the same sequences."""
-    deltas = np.abs(np.concatenate(a) - np.concatenate(b))
-    return Parity(float(deltas.max()), float(deltas.mean()))
+def difference(a: NDArray[np.float32], b: NDArray[np.float32]) -> Parity:
+    """Returns how far two sides' log-probs of the same tokens, [tokens] float32 each, are apart."""
+    deltas = np.abs(a - b)
+    return Parity(float(deltas.max()), float(deltas.mean()), len(deltas))

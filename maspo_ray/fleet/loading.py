@@ -15,10 +15,10 @@ from typing import Any
 
 from maspo_ray.config import DataConfig, PipelineConfig, PluginConfig, RunConfig
 from maspo_ray.errors import ConfigError
-from maspo_ray.protocols import DoorPolicy, LearnerActor, ReferenceActor, RewardActor, RolloutActor, Sampler
+from maspo_ray.protocols import LatePolicy, LearnerActor, ReferenceActor, RewardActor, RolloutEngine, Sampler
 
 PROTOCOLS: dict[str, type] = {
-    "rollout": RolloutActor,
+    "rollout": RolloutEngine,
     "reward": RewardActor,
     "reference": ReferenceActor,
     "learner": LearnerActor,
@@ -41,7 +41,7 @@ class Plugins:
 
     classes: dict[str, type]
     sampler: Callable[[int], Sampler]
-    door: DoorPolicy
+    late_policy: LatePolicy
 
 
 def load_plugins(config: RunConfig) -> Plugins:
@@ -50,7 +50,7 @@ def load_plugins(config: RunConfig) -> Plugins:
     Raises:
         ConfigError: one cannot be loaded.
     """
-    return Plugins(load_classes(config), load_sampler(config.data, config.seed), load_door(config.pipeline))
+    return Plugins(load_classes(config), load_sampler(config.data, config.seed), load_late_policy(config.pipeline))
 
 
 def load_classes(config: RunConfig) -> dict[str, type]:
@@ -84,14 +84,16 @@ def load_sampler(data: DataConfig, seed: int) -> Callable[[int], Sampler]:
     return sampler_of
 
 
-def load_door(pipeline: PipelineConfig) -> DoorPolicy:
-    """Returns the policy that `pipeline.door` names.
+def load_late_policy(pipeline: PipelineConfig) -> LatePolicy:
+    """Returns the policy that `pipeline.late_policy` names.
 
     Raises:
         ConfigError: as `load_sampler` does.
     """
-    door: DoorPolicy = _load_plugin("pipeline.door", pipeline.door, DoorPolicy)(max_staleness=pipeline.max_staleness)
-    return door
+    policy: LatePolicy = _load_plugin("pipeline.late_policy", pipeline.late_policy, LatePolicy)(
+        max_staleness=pipeline.max_staleness
+    )
+    return policy
 
 
 def _load_plugin(field: str, plugin: PluginConfig, protocol: type) -> Callable[..., Any]:

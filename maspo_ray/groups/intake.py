@@ -1,7 +1,7 @@
-"""The groups of a run from their admission to their end: gate, ledger, buffer and door, always in step.
+"""The groups of a run from their admission to their end: gate, ledger, buffer and late policy, always in step.
 
 Promise: every admitted group ends exactly once, as trained, filtered, stale or failed; what `take` returns is within `max_staleness`, or
-the door's policy has let it in; a place that a group does not use is given back. A pure state machine: it owns no tasks, no clock
+the late policy has let it in; a place that a group does not use is given back. A pure state machine: it owns no tasks, no clock
 and no actors.
 """
 
@@ -11,7 +11,7 @@ from maspo_ray.experience import Experience, Group
 from maspo_ray.groups.buffer import ReadyBuffer
 from maspo_ray.groups.ledger import GroupLedger, GroupOutcome
 from maspo_ray.groups.staleness import StalenessGate
-from maspo_ray.protocols import DoorPolicy
+from maspo_ray.protocols import LatePolicy
 
 
 class Intake:
@@ -26,14 +26,14 @@ class Intake:
         groups_per_step: int,
         max_staleness: int,
         steps: int,
-        door: DoorPolicy,
+        late_policy: LatePolicy,
         sink: Callable[[dict[str, object]], None],
     ) -> None:
         self._groups_per_step = groups_per_step
         self._gate = StalenessGate(groups_per_step, max_staleness, steps * groups_per_step)
         self._ledger = GroupLedger(sink)
         self._ready = ReadyBuffer()
-        self._door = door
+        self._late_policy = late_policy
         self._num_groups = 0
 
     @property
@@ -57,8 +57,8 @@ class Intake:
 
     @property
     def oldest_trainable_version(self) -> int:
-        """A group with an older token is refused at the door, now and later: what is left of it need not be generated."""
-        return self._door.oldest_version(self._gate.version)
+        """A group with an older token is refused by the learner, now and later: what is left of it need not be generated."""
+        return self._late_policy.oldest_version(self._gate.version)
 
     def capacity(self) -> int:
         """Returns how many groups may start now."""
@@ -93,7 +93,7 @@ class Intake:
         """
         late, let_in = self._ready.pop_stale(self._gate.oldest_allowed_version), []
         for experience in late:
-            judged = self._door.judge(experience, self._gate.version)
+            judged = self._late_policy.judge(experience, self._gate.version)
             if judged is not None:
                 let_in.append((experience, judged))
             else:
@@ -101,7 +101,7 @@ class Intake:
                 self._gate.give_back_accepted()
         missing = max(0, self._groups_per_step - len(let_in))
         fresh = self._ready.take(missing)
-        # As they came, where they wait on: the door is asked again.
+        # As they came, where they wait on: the policy is asked again.
         for experience, _ in let_in if fresh is None else let_in[self._groups_per_step :]:
             self._ready.put(experience)
         if fresh is None:

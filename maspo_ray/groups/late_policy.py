@@ -1,6 +1,6 @@
 """What becomes of a group that has gone past `max_staleness`: dropped, or trained on all the same.
 
-Promise: pure. A policy of one's own is a class with these methods (`protocols.DoorPolicy`), which `pipeline.door.path` names.
+Promise: pure. A policy of one's own is a class with these methods (`protocols.LatePolicy`), which `pipeline.late_policy.path` names.
 """
 
 from maspo_ray.errors import ConfigError
@@ -27,7 +27,7 @@ class TrainStale:
     def __init__(self, max_staleness: int, max_lag: int) -> None:
         if not isinstance(max_lag, int) or max_lag < max_staleness:
             raise ConfigError(
-                f"pipeline.door.args.max_lag is {max_lag}; it must be a whole number, at least pipeline.max_staleness "
+                f"pipeline.late_policy.args.max_lag is {max_lag}; it must be a whole number, at least pipeline.max_staleness "
                 f"({max_staleness}). Raise it."
             )
         self._max_lag = max_lag

@@ -5,13 +5,14 @@ coroutine ends the run with its cause. Decisions are the intake's; the coroutine
 """
 
 import asyncio
-from time import monotonic
+import math
 
 from maspo_ray.config import RunConfig
 from maspo_ray.data.prompts import PromptStream
 from maspo_ray.evaluation.evaluator import Evaluator
-from maspo_ray.evaluation.parity import Parity, ParityCheck
-from maspo_ray.experience import Experience, PublishReport, UpdateReport
+from maspo_ray.evaluation.parity import ParityBounds, ParityProbe, joined
+from maspo_ray.evaluation.schedule import EvaluationSchedule
+from maspo_ray.experience import Experience, Parity, UpdateReport
 from maspo_ray.fleet.fleet import Fleet
 from maspo_ray.groups.intake import Intake
 from maspo_ray.packing import pack
@@ -19,14 +20,15 @@ from maspo_ray.pipeline.garbage import collecting_rarely
 from maspo_ray.pipeline.producer import Producer
 from maspo_ray.pipeline.step_recorder import StepRecorder
 from maspo_ray.pipeline.update_watch import UpdateWatch
-from maspo_ray.protocols import DoorPolicy
+from maspo_ray.pipeline.wait_watch import watch_waits
 from maspo_ray.rollouts.pool import RolloutPool
+from maspo_ray.rollouts.publishing import WeightUpdates
+from maspo_ray.rollouts.references import ReferencePool
 from maspo_ray.run_dir.checkpoint import STATE, begin_checkpoint, end_checkpoint
-from maspo_ray.run_dir.folder import RunFolder
-from maspo_ray.run_dir.history import RunRecord
-from maspo_ray.run_dir.metrics import StepMetrics, combine_updates
-from maspo_ray.run_dir.progress import Progress
-from maspo_ray.run_dir.timeline import Timeline
+from maspo_ray.run_dir.journal import Journal
+from maspo_ray.run_dir.metrics import combine_updates
+
+_COUNTED = ("filtered", "stale", "failed")
 
 
 class Pipeline:
@@ -38,30 +40,29 @@ class Pipeline:
         fleet: Fleet,
         pool: RolloutPool,
         prompts: PromptStream,
+        intake: Intake,
         evaluator: Evaluator | None,
-        parity: ParityCheck,
-        folder: RunFolder,
-        progress: Progress,
-        record: RunRecord,
-        timeline: Timeline,
-        door: DoorPolicy,
+        journal: Journal,
     ) -> None:
+        pipeline = config.pipeline
         self._config = config
         self._fleet = fleet
         self._pool = pool
-        self._evaluator = evaluator
-        self._parity = parity
-        self._folder = folder
-        self._progress = progress
-        self._record = record
-        self._timeline = timeline
-        pipeline = config.pipeline
-        self._intake = Intake(
-            pipeline.groups_per_step, pipeline.max_staleness, pipeline.steps, door, folder.write_ledger
+        self._intake = intake
+        self._journal = journal
+        self._timeline = timeline = journal.timeline
+        self._references = ReferencePool(fleet, timeline, config.reference.timeout_s)
+        self._producer = Producer(config, pool, self._references, prompts, intake)
+        self._weights = WeightUpdates(
+            fleet.learner, fleet, pool.table, fleet.transfer_sets, timeline, pipeline.weight_sync_timeout_s
         )
-        self._producer = Producer(config, fleet, pool, prompts, self._intake, timeline)
+        self._bounds = ParityBounds(config.model.dtype, pipeline.parity_bound)
+        self._probe = ParityProbe(pool, fleet.learner, prompts.first(pipeline.parity_prompts), config.rollout)
+        # Of each engine, the version whose tokens were last compared with the learner's.
+        self._compared_at = [0] * len(pool.table)
+        self._evaluations = EvaluationSchedule(evaluator, config.eval, pipeline.steps, journal)
         self._updates = UpdateWatch(config.learner.max_skipped_updates)
-        self._recorder = StepRecorder(fleet, folder, pipeline.step_timeout_s) if config.logging.steps else None
+        self._recorder = StepRecorder(fleet, journal.files, pipeline.step_timeout_s) if config.logging.steps else None
 
     @property
     def group_counts(self) -> dict[str, int]:
@@ -70,138 +71,168 @@ class Pipeline:
     async def run(self) -> None:
         """Runs all steps. However it ends, every group has ended in the ledger."""
         try:
-            await self._publish(0)
-            await self._check_parity(0)
-            await self._evaluate(0)
-            with collecting_rarely():
-                async with asyncio.TaskGroup() as tasks:
+            async with asyncio.TaskGroup() as tasks:
+                watch = tasks.create_task(watch_waits(self._journal, self._pool, self._references))
+                with self._journal.waiting("the first weights to reach the engines"):
+                    await self._weights.publish(0, changed=False)
+                await self._compare(0, range(len(self._pool.table)))
+                self._evaluations.begin(0, tasks)
+                with collecting_rarely():
                     producer = tasks.create_task(self._producer.run(tasks))
                     await self._train(tasks)
-                    producer.cancel()
-            if self._recorder is not None:
-                await self._recorder.finish()
+                producer.cancel()
+                if self._recorder is not None:
+                    with self._journal.waiting("the record of the last step"):
+                        await self._recorder.finish()
+                watch.cancel()
         finally:
             self._intake.close()
 
     async def _train(self, tasks: asyncio.TaskGroup) -> None:
+        counted = dict(self._intake.counts)
         for step in range(1, self._config.pipeline.steps + 1):
-            started, tokens_before = monotonic(), self._pool.tokens_generated
-            stale_before = self._intake.counts["stale"]
-            with self._timeline.span("learner", "wait", step=step):
-                batch = await self._next_batch()
-            waited_s = monotonic() - started
-            object_store_bytes = await self._fleet.object_store_used_bytes()
-            metrics = self._producer.take_metrics()
-            learned = await self._learn(batch, step, metrics)
-            self._expire(tasks)
-            step_s = monotonic() - started
-            row = {
-                "version": float(step),
-                **metrics.reduce(),
-                **learned,
-                "time/step_s": step_s,
-                "time/learner_wait_share": waited_s / step_s,
-                "time/rollout_idle_share": self._pool.idle.take_idle_share(started + step_s),
-                "groups/stale": float(self._intake.counts["stale"] - stale_before),
-                "groups/running": float(self._intake.running),
-                "groups/ready": float(self._intake.ready),
-                "object_store/used_mib": object_store_bytes / 2**20,
-                "tokens/generated": float(self._pool.tokens_generated - tokens_before),
-            }
-            self._record.step(row)
-            self._folder.write_metrics(step, row)
-            self._progress.update(step, row)
-            await self._evaluate(step)
-            await self._save_checkpoint(step)
-            # A step's shares are of the step: what passed since it ended is in neither of them.
-            self._pool.idle.take_idle_share(monotonic())
+            row = await self._step(step, tasks)
+            for outcome in _COUNTED:
+                row[f"groups/{outcome}"] = float(self._intake.counts[outcome] - counted[outcome])
+            counted = dict(self._intake.counts)
+            self._journal.step(step, row)
+
+    async def _step(self, step: int, tasks: asyncio.TaskGroup) -> dict[str, float]:
+        """Makes a step; returns its row of metrics.jsonl. What it trains on is let go of with it."""
+        started = self._timeline.now()
+        with self._timeline.span("learner", "wait", step=step), self._journal.waiting(self._what_comes(step)):
+            batch = await self._next_batch()
+        waited_s = self._timeline.now() - started
+        object_store_bytes = await self._fleet.object_store_used_bytes()
+        metrics = self._producer.take_metrics()
+        for lag in self._intake.lags(batch):
+            metrics.add("staleness/mean", lag)
+            metrics.add("staleness/max", lag, reduction="max")
+            metrics.add("staleness/over_bound_share", float(lag > self._config.pipeline.max_staleness))
+        learned = await self._learn(batch, step, tasks)
+        if step == self._config.pipeline.steps:
+            # Its tokens are the last that are generated, and this the last row.
+            await self._evaluations.finish()
+        with self._journal.waiting("the engines to say how they fare"):
+            beats = await self._pool.beat(self._intake.oldest_trainable_version)
+        await self._save_checkpoint(step)
+        step_s = self._timeline.now() - started
+        return {
+            "version": float(step),
+            **metrics.reduce(),
+            **learned,
+            "time/step_s": step_s,
+            "time/learner_wait_share": waited_s / step_s,
+            "time/rollout_idle_share": beats.idle_share,
+            "groups/running": float(self._intake.running),
+            "groups/ready": float(self._intake.ready),
+            "object_store/used_mib": object_store_bytes / 2**20,
+            "tokens/generated": float(beats.tokens),
+        }
+
+    def _what_comes(self, step: int) -> "WaitForBatch":
+        return WaitForBatch(step, self._config.pipeline.groups_per_step, self._intake, self._pool)
 
     async def _next_batch(self) -> list[Experience]:
         """Returns the next step's experiences, oldest first."""
         while True:
             batch = self._intake.take()
-            # What was refused at the door has left its place.
+            # What came too late has left its place.
             self._producer.wake()
             if batch is not None:
                 return batch
             self._producer.arrived.clear()
             await self._producer.arrived.wait()
 
-    def _expire(self, tasks: asyncio.TaskGroup) -> None:
-        """Lets the engines cancel what can no longer be trained on, while the learner goes on."""
-        oldest = self._intake.oldest_trainable_version
-        if self._intake.running and oldest > 0:
-            tasks.create_task(self._pool.expire(oldest))
-
-    async def _learn(self, batch: list[Experience], step: int, metrics: StepMetrics) -> dict[str, float]:
+    async def _learn(self, batch: list[Experience], step: int, tasks: asyncio.TaskGroup) -> dict[str, float]:
         """Trains on a batch and publishes the new weights as version `step`; returns the learner's metrics."""
-        for lag in self._intake.lags(batch):
-            metrics.add("staleness/mean", lag)
-            metrics.add("staleness/max", lag, reduction="max")
-            metrics.add("staleness/over_bound_share", float(lag > self._config.pipeline.max_staleness))
-        learner = self._config.learner
-        ranks = len(self._fleet.of_role("learner"))
+        learner, group = self._config.learner, self._fleet.learner
         updates = learner.updates_per_batch
-        plans = pack(batch, ranks, learner.max_tokens_per_micro_batch, self._fleet.shares_prompts, updates)
+        shares = pack(batch, group.data_ranks, learner.max_tokens_per_micro_batch, group.shares_prompts, updates)
         if self._recorder is not None:
-            await self._recorder.submit(step, step - 1, batch, plans)
-        with self._timeline.span("learner", "train", step=step):
-            reports: list[UpdateReport] = await self._fleet.learners_each(
-                "train_step", [(step - 1, own, *payloads) for own, payloads in plans]
-            )
-        learned = combine_updates([report.metrics for report in reports]) | await self._publish(step)
+            with self._journal.waiting(f"the record of step {step - 1}"):
+                await self._recorder.submit(step, step - 1, batch, shares)
+        with (
+            self._timeline.span("learner", "train", step=step),
+            self._journal.waiting(f"the learner to make step {step}"),
+        ):
+            reports = await group.train(step - 1, shares)
+        found = self._take_up(step - 1, reports)
+        if step == 1:
+            # The first evaluation is of the weights before training.
+            await self._evaluations.finish()
+        with self._journal.waiting(f"version {step} to reach the engines"):
+            published = await self._weights.publish(step, any(report.applied for report in reports))
+        self._evaluations.begin(step, tasks)
+        if self._config.pipeline.max_staleness == 0:
+            await self._evaluations.finish()
         self._intake.publish(step)
         self._producer.wake()
         for i, experience in enumerate(batch):
             self._intake.trained(experience, step, reports[i * updates // len(batch)].applied)
         for report in reports:
             self._updates.watch(step, report)
+        found += await self._compare_unheard(step)
+        return combine_updates([report.metrics for report in reports]) | published | _parity_columns(found)
+
+    def _take_up(self, version: int, reports: list[UpdateReport]) -> list[Parity]:
+        """Holds what the learner saw of the engines' log-probs against the bound; returns it."""
+        found = {replica: parity for report in reports for replica, parity in report.parity.items()}
+        return self._judge(version, found)
+
+    async def _compare_unheard(self, step: int) -> list[Parity]:
+        """Lets engines of which no batch has had tokens of current weights for `pipeline.parity_every` steps sample some; returns how far
+        they are from the learner."""
         every = self._config.pipeline.parity_every
-        if every and step % every == 0:
-            parity = await self._check_parity(step)
-            learned |= {"parity/max": parity.max, "parity/mean": parity.mean}
-        return learned
+        unheard = [i for i, version in enumerate(self._compared_at) if every and step - version >= every]
+        return await self._compare(step, unheard) if unheard else []
 
-    async def _publish(self, version: int) -> dict[str, float]:
-        with self._timeline.span("learner", "publish", version=version):
-            started = self._timeline.now()
-            report: PublishReport = await self._fleet.learners("publish", version)
-        for replica, (stopped, went_on) in enumerate(report.pauses):
-            self._timeline.add(f"rollout/{replica}", "paused", started + stopped, started + went_on)
-        stalls = [went_on - stopped for stopped, went_on in report.pauses]
-        return {"time/publish_s": report.seconds, "time/rollout_paused_s": sum(stalls) / len(stalls)}
+    async def _compare(self, version: int, replicas: range | list[int]) -> list[Parity]:
+        names = ", ".join(f"rollout/{replica}" for replica in replicas)
+        with (
+            self._timeline.span("learner", "parity", version=version),
+            self._journal.waiting(f"a check that the learner agrees with {names}"),
+        ):
+            return self._judge(version, await self._probe.compare(replicas))
 
-    async def _check_parity(self, version: int) -> Parity:
-        with self._timeline.span("learner", "parity", version=version):
-            parity = await self._parity.check(version)
-        self._record.parity(parity.max)
-        return parity
-
-    async def _evaluate(self, step: int) -> None:
-        every, last = self._config.eval.every, self._config.pipeline.steps
-        if self._evaluator is None or not (step in (0, last) or (every and step % every == 0)):
-            return
-        with self._timeline.span("learner", "evaluate", step=step):
-            result = await self._evaluator.evaluate()
-        self._folder.write_eval(
-            {
-                "step": step,
-                "version": step,
-                "set": self._config.eval.name,
-                "accuracy": result.accuracy,
-                "k": result.samples,
-                "num_prompts": result.num_prompts,
-                "unscored": result.unscored,
-            }
-        )
-        self._record.accuracy(result.accuracy)
-        self._progress.evaluated(step, result.accuracy)
+    def _judge(self, version: int, found: dict[int, Parity]) -> list[Parity]:
+        for replica, parity in found.items():
+            self._compared_at[replica] = version
+            self._journal.parity(parity)
+        self._bounds.check(version, found)
+        return list(found.values())
 
     async def _save_checkpoint(self, step: int) -> None:
         every = self._config.checkpoint.every
         if every and step % every == 0:
-            with self._timeline.span("learner", "save", step=step):
-                partial = begin_checkpoint(self._folder.checkpoint(step))
-                await self._fleet.learners("save", str(partial))
-                await self._fleet.learners("save_state", str(partial / STATE))
-                end_checkpoint(partial, self._folder.checkpoint(step))
+            learner, folder = self._fleet.learner, self._journal.files.checkpoint(step)
+            with (
+                self._timeline.span("learner", "save", step=step),
+                self._journal.waiting(f"the checkpoint of step {step}"),
+            ):
+                partial = begin_checkpoint(folder)
+                await learner.save(partial)
+                await learner.save_state(partial / STATE)
+                end_checkpoint(partial, folder)
+
+
+class WaitForBatch:
+    """Says what the learner waits for, as it stands when it is called."""
+
+    def __init__(self, step: int, groups_per_step: int, intake: Intake, pool: RolloutPool) -> None:
+        self._step = step
+        self._groups_per_step = groups_per_step
+        self._intake = intake
+        self._pool = pool
+
+    def __call__(self) -> str:
+        return (
+            f"the groups of step {self._step}: {self._intake.ready} of {self._groups_per_step} are ready, {self._intake.running} are on their "
+            f"way ({self._pool.describe()})"
+        )
+
+
+def _parity_columns(found: list[Parity]) -> dict[str, float]:
+    """Returns the worst engine's differences; NaN where none was compared."""
+    worst = joined(found).max if found else math.nan
+    return {"parity/max": worst, "parity/mean": max((parity.mean for parity in found), default=math.nan)}

@@ -5,46 +5,37 @@ What may start is the intake's to say.
 """
 
 import asyncio
-from typing import Any
 
 from maspo_ray.advantages import group_advantages
 from maspo_ray.config import RunConfig
 from maspo_ray.data.prompts import Draw, PromptStream
 from maspo_ray.errors import RunError
-from maspo_ray.experience import Experience, Group, Outcome
-from maspo_ray.fleet.calls import named
-from maspo_ray.fleet.fleet import Fleet
+from maspo_ray.experience import Experience, Group, Outcome, Sampling
 from maspo_ray.groups.intake import Intake
 from maspo_ray.groups.ledger import GroupOutcome
 from maspo_ray.groups.overlong import is_cut_off, overlong_penalty, trained_advantages, why_not_trained
 from maspo_ray.rollouts.pool import RolloutPool
+from maspo_ray.rollouts.references import ReferencePool
 from maspo_ray.rollouts.seeds import sampling_seeds
 from maspo_ray.run_dir.metrics import StepMetrics
-from maspo_ray.run_dir.timeline import Timeline
 
 
 class Producer:
-    """Starts groups as the intake allows, and sees each to the learner's door.
+    """Starts groups as the intake allows, and sees each to the learner.
 
     Attributes:
         arrived: set whenever a group has become ready.
     """
 
     def __init__(
-        self,
-        config: RunConfig,
-        fleet: Fleet,
-        pool: RolloutPool,
-        prompts: PromptStream,
-        intake: Intake,
-        timeline: Timeline,
+        self, config: RunConfig, pool: RolloutPool, references: ReferencePool, prompts: PromptStream, intake: Intake
     ) -> None:
         self._config = config
-        self._fleet = fleet
         self._pool = pool
+        self._references = references
         self._prompts = prompts
         self._intake = intake
-        self._timeline = timeline
+        self._sampling = Sampling(config.rollout.temperature, config.rollout.max_new_tokens)
         self._admission = asyncio.Event()
         self._metrics = StepMetrics()
         self._dropped_in_a_row = 0
@@ -70,55 +61,49 @@ class Producer:
             await self._admission.wait()
 
     async def _run_group(self, group_id: int, draw: Draw, version: int) -> None:
-        rollout, prompt = self._config.rollout, draw.prompt
-        reference = self._fleet.put(prompt)
-        seeds = sampling_seeds(self._config.seed, prompt.prompt_id, draw.times_drawn, rollout.group_size)
-        rollouts = await self._pool.sample(
-            reference,
-            len(prompt.token_ids),
-            temperature=rollout.temperature,
-            max_new_tokens=rollout.max_new_tokens,
-            seeds=seeds,
-        )
-        if rollouts is None:
+        prompt = draw.prompt
+        seeds = sampling_seeds(self._config.seed, prompt.prompt_id, draw.times_drawn, self._config.rollout.group_size)
+        sampled = await self._pool.sample(prompt, self._sampling, seeds)
+        if sampled is None:
             self._metrics.add("groups/cancelled", 1, reduction="sum")
             self._intake.expired(group_id)
             self.wake()
             return
-        group = Group(group_id, prompt.prompt_id, reference, len(prompt.token_ids), version, rollouts, tuple(seeds))
+        group = Group(
+            group_id,
+            prompt.prompt_id,
+            sampled.payload,
+            len(prompt.token_ids),
+            version,
+            sampled.replica,
+            sampled.rollouts,
+            tuple(seeds),
+        )
         if group.pass_rate is not None:
             self._prompts.observe(draw.index, group.pass_rate)
-        overlong, pipeline = self._config.reward.overlong, self._config.pipeline
-        penalties = [overlong_penalty(sampled.facts, rollout.max_new_tokens, overlong) for sampled in rollouts]
+        await self._judge(group)
+
+    async def _judge(self, group: Group) -> None:
+        """Hands a group on to the learner, or drops it."""
+        config, rollouts = self._config, group.rollouts
+        overlong, limit = config.reward.overlong, config.rollout.max_new_tokens
+        penalties = [overlong_penalty(rollout.facts, limit, overlong) for rollout in rollouts]
         rewards = [reward - penalty for reward, penalty in zip(group.rewards, penalties, strict=True)]
-        advantages = group_advantages(rewards, self._config.advantage)
-        trained = trained_advantages(rollouts, advantages.values, pipeline.filter_overlong)
+        advantages = group_advantages(rewards, config.advantage)
+        trained = trained_advantages(rollouts, advantages.values, config.pipeline.filter_overlong)
         self._measure(group, penalties, trained)
         if advantages.num_scored < 2:
             self._drop(group, GroupOutcome.FAILED, "fewer than two completions could be scored")
-        elif cause := why_not_trained(trained, advantages, pipeline.filter_zero_variance):
+        elif cause := why_not_trained(trained, advantages, config.pipeline.filter_zero_variance):
             self._drop(group, GroupOutcome.FILTERED, cause)
         else:
             self._dropped_in_a_row = 0
-            self._intake.accept(Experience(group, trained, await self._reference_logprobs(group)))
+            self._intake.accept(Experience(group, trained, await self._references.logprobs(group)))
             self.arrived.set()
-
-    async def _reference_logprobs(self, group: Group) -> Any:
-        """Returns a reference to what a reference actor has computed, None without KL."""
-        actors = self._fleet.of_role("reference")
-        if not actors:
-            return None
-        replica = group.group_id % len(actors)
-        with self._timeline.span(f"reference/{replica}", "score"):
-            call = actors[replica].completion_logprobs.options(num_returns=2)
-            logprobs, num_tokens = call.remote(group.prompt, *group.payloads)
-            await named(f"reference/{replica} failed to score", num_tokens)
-        return logprobs
 
     def _drop(self, group: Group, outcome: GroupOutcome, cause: str) -> None:
         """Ends a running group without training on it; another may start in its place."""
         self._intake.drop(group, outcome, cause)
-        self._metrics.add(f"groups/{outcome}", 1, reduction="sum")
         self._dropped_in_a_row += 1
         limit = self._config.pipeline.max_dropped_in_a_row
         if self._dropped_in_a_row >= limit:

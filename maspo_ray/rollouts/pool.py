@@ -1,122 +1,221 @@
-"""Prompts → rollouts: each completion goes to a reward actor the moment it is there.
+"""Prompts → rollouts, over the rollout actors.
 
-Promise: handles references and small facts, never tokens; a group's samples go to one engine, the one with the fewest outstanding
-tokens, so that they share the prompt's prefill; a reward that fails costs its own completion, and too many of them end the run.
+Promise: handles payloads by reference and small facts, never tokens. A prompt's completions go to one engine, the least loaded that is up, so that
+they share the prompt's prefill; its handle is looked up when the call is made. An engine of which nothing is heard for longer than
+`rollout.timeout_s` while it has work ends the run, by name.
 """
 
 import asyncio
 import itertools
-import logging
-from collections import deque
+from collections import Counter
 from collections.abc import Sequence
-from operator import attrgetter
-from time import monotonic
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-import numpy as np
-
-from maspo_ray.errors import RunError
-from maspo_ray.experience import CompletionFacts, Rollout, Verdict
-from maspo_ray.fleet.calls import named, naming
+from maspo_ray.errors import ActorLate, RunError
+from maspo_ray.experience import Prompt, Rollout, Sampling
+from maspo_ray.fleet.calls import await_all, await_named, failures_named
+from maspo_ray.hosts.engine_table import EngineTable
+from maspo_ray.hosts.messages import Beat, Ended, Expired, Priority, SampleRequest
 from maspo_ray.rollouts.error_watch import ErrorWatch
-from maspo_ray.rollouts.idle import IdleMeter
 from maspo_ray.run_dir.timeline import Timeline
 
-_log = logging.getLogger(__name__)
-_NAMING_REWARD = naming("the reward failed")
-_BY_SAMPLE = attrgetter("facts.sample")
+_SHOWN = 4
+"""Engines that a line of text names."""
+
+
+class Handles(Protocol):
+    """Where actors are found."""
+
+    def handle(self, role: str, replica: int) -> Any: ...
+
+    def count(self, role: str) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What came of a prompt.
+
+    Attributes:
+        payload: refers to the `SampledGroup`.
+        replica: of the engine that sampled it.
+        ended: its facts and verdicts.
+    """
+
+    payload: Any
+    replica: int
+    ended: Ended
+
+    @property
+    def rollouts(self) -> tuple[Rollout, ...]:
+        return tuple(map(Rollout, self.ended.facts, self.ended.verdicts))
+
+
+@dataclass(frozen=True, slots=True)
+class Beats:
+    """What all engines did since they were last asked: the mean of their idle shares, and the tokens of the completions that ended."""
+
+    idle_share: float
+    tokens: int
+
+
+@dataclass(slots=True)
+class _Request:
+    """What an engine was asked for and has not answered.
+
+    Attributes:
+        cost: the work of one of its completions, in tokens.
+        unfinished: for how many of them the table still counts it.
+        since: when it was asked.
+    """
+
+    replica: int
+    cost: int
+    unfinished: int
+    since: float
 
 
 class RolloutPool:
-    """Sends prompts to rollout actors and completions to reward actors."""
+    """Sends prompts to rollout actors.
 
-    def __init__(self, rollout: Sequence[Any], reward: Sequence[Any], errors: ErrorWatch, timeline: Timeline) -> None:
-        self._rollout = [(actor, timeline.track(f"rollout/{i}")) for i, actor in enumerate(rollout)]
-        self._reward = itertools.cycle([(actor, timeline.track(f"reward/{i}")) for i, actor in enumerate(reward)])
+    Args:
+        table: of the rollout actors, in the order of their replicas.
+        timeout_s: an engine with work may be silent for so long; answer_s, for so long may it owe a sign of life that it was asked for.
+    """
+
+    def __init__(
+        self,
+        actors: Handles,
+        table: EngineTable,
+        errors: ErrorWatch,
+        timeline: Timeline,
+        timeout_s: float,
+        answer_s: float,
+    ) -> None:
+        self._actors = actors
+        self.table = table
         self._errors = errors
-        self._outstanding_tokens = np.zeros(len(self._rollout), np.int64)
-        self.idle = IdleMeter(len(self._rollout), monotonic())
-        self.tokens_generated = 0
+        self._timeline = timeline
+        self._tracks = [timeline.track(f"rollout/{replica}") for replica in range(len(table))]
+        self._timeout_s = timeout_s
+        self._answer_s = answer_s
+        self._request_ids = itertools.count()
+        self._requests: dict[int, _Request] = {}
 
     async def sample(
-        self, prompt: Any, prompt_tokens: int, *, temperature: float, max_new_tokens: int, seeds: Sequence[int | None]
-    ) -> tuple[Rollout, ...] | None:
-        """Returns a rollout for each seed, in their order, all of one prompt; None where `expire` has ended it.
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        seeds: Sequence[int | None],
+        priority: Priority = Priority.TRAINING,
+        *,
+        scored: bool = True,
+        replica: int | None = None,
+    ) -> Sampled | None:
+        """Returns a completion for each seed, in their order; None where `beat` has ended it.
 
         Args:
-            prompt: refers to the `Prompt`.
             seeds: of the sampling; None leaves it to the engine.
+            replica: the engine to ask; by default the least loaded.
         """
-        engine = int(self._outstanding_tokens.argmin())
-        cost = prompt_tokens + max_new_tokens
-        outstanding = cost * len(seeds)
-        self._outstanding_tokens[engine] += outstanding
-        actor, track = self._rollout[engine]
-        failure = f"{track.actor} failed to generate"
-        stream = actor.generate.options(num_returns="streaming").remote(
-            prompt, temperature=temperature, max_new_tokens=max_new_tokens, seeds=list(seeds)
-        )
-        rollouts: list[Rollout] = []
-        scoring: deque[tuple[Any, list[CompletionFacts], asyncio.Future[list[Verdict]]]] = deque()
+        cost = len(prompt.token_ids) + sampling.max_new_tokens
+        replica = self._take(cost * len(seeds), replica)
+        request_id = next(self._request_ids)
+        open_request = self._requests[request_id] = _Request(replica, cost, len(seeds), self._now())
+        track = self._tracks[replica]
         try:
-            self.idle.started(engine, monotonic())
-            try:
-                with naming(failure), track.span("generate", samples=len(seeds)):
-                    async for payload in stream:
-                        try:
-                            facts: list[CompletionFacts] = await (await anext(stream))
-                        except StopAsyncIteration:
-                            # Then the payload is the engine's error. It was also seen once, with Ray 2.60, that a stream ended
-                            # without its last object though its task had succeeded: then the completions themselves say what
-                            # is known of them.
-                            facts = [CompletionFacts.of(completion) for completion in await payload]
-                        if not facts:
-                            return None
-                        done = cost * len(facts)
-                        self._outstanding_tokens[engine] -= done
-                        outstanding -= done
-                        for fact in facts:
-                            self.tokens_generated += fact.num_tokens
-                        scoring.append((payload, facts, self._score(prompt, payload)))
-                        while scoring and scoring[0][2].done():
-                            scored, known, call = scoring.popleft()
-                            with _NAMING_REWARD:
-                                self._judge(rollouts, scored, known, call.result())
-            finally:
-                self.idle.finished(engine, monotonic())
-            with _NAMING_REWARD:
-                for scored, known, call in scoring:
-                    self._judge(rollouts, scored, known, await call)
+            with failures_named(track.actor, "generating"), track.span("generate", samples=len(seeds)):
+                request = SampleRequest(request_id, prompt, sampling, tuple(seeds), priority, scored)
+                # The payload stays where it is; the engine's own word of it is looked at.
+                payload, answer = self._actors.handle("rollout", replica).sample.options(num_returns=2).remote(request)
+                said: Ended | Expired = await answer
         finally:
-            self._outstanding_tokens[engine] -= outstanding
-            for *_, call in scoring:
-                if not call.cancel() and not call.cancelled():
-                    # An error that nobody asked for is logged by asyncio.
-                    call.exception()
-        rollouts.sort(key=_BY_SAMPLE)
-        if len(rollouts) != len(seeds):
-            raise RunError(f"{failure}: {len(rollouts)} of {len(seeds)} completions came. See its log.")
-        assert [rollout.facts.sample for rollout in rollouts] == list(range(len(seeds))), "a sample came twice"
-        return tuple(rollouts)
-
-    async def expire(self, oldest_version: int) -> None:
-        """Lets every engine end what has tokens older than `oldest_version`; their `sample` returns None."""
-        calls = [(track, actor.expire.remote(oldest_version)) for actor, track in self._rollout]
-        await asyncio.gather(*(named(f"{track.actor} failed to expire", call) for track, call in calls))
-
-    def _score(self, prompt: Any, payload: Any) -> "asyncio.Future[list[Verdict]]":
-        """Has a payload's completions scored, without a task to wait for each: a controller has very many of them."""
-        reward, track = next(self._reward)
-        span = track.span("score")
-        span.begin()
-        call = asyncio.wrap_future(reward.score.remote(prompt, payload).future())
-        call.add_done_callback(span.end)
-        return call
-
-    def _judge(
-        self, rollouts: list[Rollout], payload: Any, facts: Sequence[CompletionFacts], verdicts: Sequence[Verdict]
-    ) -> None:
-        """Adds a payload's completions with their verdicts."""
-        for position, (fact, verdict) in enumerate(zip(facts, verdicts, strict=True)):
+            del self._requests[request_id]
+            self.table.give_back(replica, cost * open_request.unfinished, self._now())
+        if isinstance(said, Expired):
+            return None
+        self._note_scoring(said)
+        for verdict in said.verdicts:
             self._errors.add(verdict)
-            rollouts.append(Rollout(payload, position, fact, verdict))
+        return Sampled(payload, replica, said)
+
+    def _take(self, work: int, replica: int | None) -> int:
+        taken = self.table.take(work, self._now(), replica)
+        if taken is None:
+            raise RunError("no rollout actor is up. See their logs.")
+        return taken
+
+    def _note_scoring(self, said: Ended) -> None:
+        now = self._timeline.now()
+        for call in said.score_calls:
+            track = self._timeline.track(f"reward/{call.replica}")
+            track.add_past("score", now - call.started_before_s, now - call.ended_before_s)
+
+    async def beat(self, oldest_version: int | None = None) -> Beats:
+        """Asks every engine how it fares, and lets it end what it has of tokens older than a version: their `sample` returns None.
+
+        Raises:
+            ActorError: one is gone, or does not answer.
+        """
+        beats = await self._beats(range(len(self.table)), oldest_version)
+        shares = [beat.idle_s / beat.of_s for beat in beats if beat.of_s > 0]
+        idle_share = sum(shares) / len(shares) if shares else float("nan")
+        return Beats(idle_share, sum(beat.tokens for beat in beats))
+
+    async def _beats(self, replicas: Sequence[int], oldest_version: int | None) -> list[Beat]:
+        calls = {
+            self._tracks[i].actor: await_named(
+                self._tracks[i].actor,
+                "saying how it fares",
+                self._actors.handle("rollout", i).beat.remote(oldest_version),
+            )
+            for i in replicas
+        }
+        beats: list[Beat] = await await_all(
+            self._answer_s, "when asked how it fares; the deadline is pipeline.weight_sync_timeout_s", calls
+        )
+        for replica, beat in zip(replicas, beats, strict=True):
+            if beat.ended:
+                self.table.hear(replica, self._now())
+            for request_id, unfinished in beat.unfinished.items():
+                self._lighten(request_id, unfinished)
+        return beats
+
+    def _lighten(self, request_id: int, unfinished: int) -> None:
+        """Takes off the table what a request's engine has done of it."""
+        request = self._requests.get(request_id)
+        if request is not None and unfinished < request.unfinished:
+            self.table.lighten(request.replica, request.cost * (request.unfinished - unfinished))
+            request.unfinished = unfinished
+
+    def describe(self) -> str:
+        """Returns where the requests are that have not ended, and how long the oldest has taken."""
+        if not self._requests:
+            return "none with an engine"
+        counts = Counter(request.replica for request in self._requests.values())
+        longest_s = self._now() - min(request.since for request in self._requests.values())
+        most = ", ".join(f"{count} with rollout/{replica}" for replica, count in counts.most_common(_SHOWN))
+        rest = f", and others with {len(counts) - _SHOWN} more" if len(counts) > _SHOWN else ""
+        return f"{most}{rest}; the oldest for {longest_s:.0f} s"
+
+    async def check_silence(self) -> None:
+        """Asks engines that have been silent for half of the time that they may be.
+
+        Raises:
+            ActorLate: one has ended no completion for longer than it may.
+        """
+        silent = [i for i, silent_s in self.table.silences(self._now()).items() if silent_s > self._timeout_s / 2]
+        if silent:
+            await self._beats(silent, None)
+        for replica, silent_s in self.table.silences(self._now()).items():
+            if silent_s > self._timeout_s:
+                raise ActorLate(
+                    f"rollout/{replica} has ended no completion for {silent_s:.0f} s, though it has some under way; "
+                    f"rollout.timeout_s is {self._timeout_s:g}. See its log, or raise that.",
+                    "rollout",
+                    replica,
+                )
+
+    @staticmethod
+    def _now() -> float:
+        return asyncio.get_running_loop().time()

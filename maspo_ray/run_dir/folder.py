@@ -3,6 +3,7 @@
 Promise: a line is on its way to the disk when it is written; the folder's columns are those of the design. Decides nothing.
 """
 
+import time
 from collections.abc import Mapping
 
 import msgspec
@@ -16,7 +17,7 @@ from maspo_ray.run_dir.summary import RunSummary
 from maspo_ray.run_dir.timeline import TraceWriter
 
 
-class RunFolder(RunPaths):
+class RunFiles(RunPaths):
     """The open files of one run.
 
     Raises:
@@ -37,6 +38,7 @@ class RunFolder(RunPaths):
         self._trace = TraceWriter(self.path / "timeline.json") if config.logging.timeline else None
         self._ledger = JsonlWriter(self.path / "ledger.jsonl")
         self._eval = JsonlWriter(self.path / "eval.jsonl")
+        self._notes = JsonlWriter(self.path / "notes.jsonl")
         self._metrics: list[MetricSink] = []
         if config.logging.tensorboard:
             self._metrics.append(TensorBoardSink(self.path / "tensorboard"))
@@ -50,6 +52,9 @@ class RunFolder(RunPaths):
 
     def write_ledger(self, row: Mapping[str, object]) -> None:
         self._ledger.write(row)
+
+    def write_note(self, text: str) -> None:
+        self._notes.write({"time": time.time(), "note": text})
 
     def write_trace(self, event: str) -> None:
         if self._trace is not None:
@@ -73,5 +78,6 @@ class RunFolder(RunPaths):
             sink.close()
         self._ledger.close()
         self._eval.close()
+        self._notes.close()
         if self._trace is not None:
             self._trace.close()

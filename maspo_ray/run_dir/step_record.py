@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, TypeVar
 from zipfile import BadZipFile
@@ -21,11 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maspo_ray.errors import ConfigError
-from maspo_ray.experience import Completion, Experience, Prompt, VersionSpan
+from maspo_ray.experience import Completion, Experience, Prompt, SampledGroup, VersionSpan
 from maspo_ray.packing import Bundle, Item, RankPlan
 
-_FORMAT = 1
-_PROMPT, _COMPLETIONS, _REFERENCES = range(3)
+_FORMAT = 2
+_PAYLOAD, _REFERENCES = range(2)
 
 T = TypeVar("T")
 Share = tuple[tuple[RankPlan, ...], tuple[Any, ...]]
@@ -37,8 +37,8 @@ class RecordedGroup:
     """A group of a step's batch.
 
     Attributes:
-        prompt: without its text and answer.
-        completions: in the order of their samples, without their texts.
+        replica: of the rollout actor that sampled it.
+        sampled: the prompt without its text and answer, the completions without their texts.
         seeds: of the completions' sampling; -1 where the engine was left to choose.
         rewards: as the reward gave them; NaN for a completion that could not be scored.
         advantages: None for a completion that is not trained on.
@@ -47,8 +47,8 @@ class RecordedGroup:
 
     group_id: int
     submitted_version: int
-    prompt: Prompt
-    completions: tuple[Completion, ...]
+    replica: int
+    sampled: SampledGroup
     seeds: tuple[int, ...]
     rewards: tuple[float, ...]
     advantages: tuple[float | None, ...]
@@ -84,9 +84,8 @@ def numbered(
 
     experiences = []
     for experience in batch:
-        group, logprobs = experience.group, experience.reference_logprobs
-        rollouts = tuple([rollout._replace(payload=number(rollout.payload)) for rollout in group.rollouts])
-        group = replace(group, prompt=number(group.prompt), rollouts=rollouts)
+        logprobs = experience.reference_logprobs
+        group = replace(experience.group, payload=number(experience.group.payload))
         reference_logprobs = None if logprobs is None else number(logprobs)
         experiences.append(Experience(group, experience.advantages, reference_logprobs))
     own = [(plans, tuple([number(payload) for payload in payloads])) for plans, payloads in shares]
@@ -158,11 +157,12 @@ def _opened(path: Path) -> Iterator[Mapping[str, NDArray[Any]]]:
 
 def _group_columns(batch: Sequence[Experience], values: Mapping[Any, Any]) -> dict[str, NDArray[Any]]:
     groups = [experience.group for experience in batch]
-    prompts: list[Prompt] = [values[group.prompt] for group in groups]
+    prompts: list[Prompt] = [values[group.payload].prompt for group in groups]
     return {
         "group_id": np.array([group.group_id for group in groups]),
         "prompt_id": np.array([group.prompt_id for group in groups]),
         "submitted_version": np.array([group.submitted_version for group in groups]),
+        "replica": np.array([group.replica for group in groups]),
         "prompt_tokens": np.array([len(prompt.token_ids) for prompt in prompts]),
         "prompt_token_ids": np.concatenate([prompt.token_ids for prompt in prompts]),
         "completions": np.array([len(group.rollouts) for group in groups]),
@@ -171,11 +171,10 @@ def _group_columns(batch: Sequence[Experience], values: Mapping[Any, Any]) -> di
 
 def _completion_columns(batch: Sequence[Experience], values: Mapping[Any, Any]) -> dict[str, NDArray[Any]]:
     rollouts = [rollout for experience in batch for rollout in experience.group.rollouts]
-    completions: list[Completion] = [values[rollout.payload][rollout.position] for rollout in rollouts]
+    completions: list[Completion] = [own for e in batch for own in values[e.group.payload].completions]
     spans = [span for completion in completions for span in completion.spans]
     seeds = [seed for e in batch for seed in e.group.seeds or (-1,) * len(e.group.rollouts)]
     columns = {
-        "sample": np.array([completion.sample for completion in completions]),
         "seed": np.array(seeds),
         "finish_reason": np.array([completion.finish_reason for completion in completions]),
         "reward": np.array([rollout.verdict.reward for rollout in rollouts], np.float64),
@@ -188,9 +187,7 @@ def _completion_columns(batch: Sequence[Experience], values: Mapping[Any, Any]) 
         "span_version": np.array([span.version for span in spans]),
         "span_tokens": np.array([span.end - span.start for span in spans]),
     }
-    references = [
-        values[e.reference_logprobs][i] for e in batch if e.reference_logprobs is not None for i in e.group.places
-    ]
+    references = [own for e in batch if e.reference_logprobs is not None for own in values[e.reference_logprobs]]
     if references:
         columns["reference_logprobs"] = np.concatenate(references)
     return columns
@@ -199,20 +196,20 @@ def _completion_columns(batch: Sequence[Experience], values: Mapping[Any, Any]) 
 def _plan_columns(batch: Sequence[Experience], shares: Sequence[Share]) -> dict[str, NDArray[Any]]:
     """Returns the plans of all ranks, in which a bundle names its group and an item its completion by their rows."""
     group_rows = {experience.group.group_id: row for row, experience in enumerate(batch)}
-    rollouts = [rollout for experience in batch for rollout in experience.group.rollouts]
-    rows = {(rollout.payload, rollout.position): row for row, rollout in enumerate(rollouts)}
-    plans = [(plan, payloads) for own, payloads in shares for plan in own]
-    micro_batches = [(bundles, payloads) for plan, payloads in plans for bundles in plan.micro_batches]
-    bundles = [(bundle, payloads) for own, payloads in micro_batches for bundle in own]
-    places = [(payloads, *item.completion) for bundle, payloads in bundles for item in bundle.items]
+    sizes = [len(experience.group.rollouts) for experience in batch]
+    firsts = list(accumulate(sizes, initial=0))
+    plans = [plan for own, _ in shares for plan in own]
+    micro_batches = [bundles for plan in plans for bundles in plan.micro_batches]
+    bundles = [bundle for own in micro_batches for bundle in own]
+    items = [firsts[group_rows[bundle.group_id]] + item.sample for bundle in bundles for item in bundle.items]
     return {
         "ranks": np.array(len(shares)),
-        "plan_batch_tokens": np.array([plan.batch_tokens for plan, _ in plans]),
-        "plan_micro_batches": np.array([len(plan.micro_batches) for plan, _ in plans]),
-        "micro_batch_bundles": np.array([len(own) for own, _ in micro_batches]),
-        "bundle_group": np.array([group_rows[bundle.group_id] for bundle, _ in bundles]),
-        "bundle_items": np.array([len(bundle.items) for bundle, _ in bundles]),
-        "item_completion": np.array([rows[payloads[position], i] for payloads, position, i in places]),
+        "plan_batch_tokens": np.array([plan.batch_tokens for plan in plans]),
+        "plan_micro_batches": np.array([len(plan.micro_batches) for plan in plans]),
+        "micro_batch_bundles": np.array([len(own) for own in micro_batches]),
+        "bundle_group": np.array([group_rows[bundle.group_id] for bundle in bundles]),
+        "bundle_items": np.array([len(bundle.items) for bundle in bundles]),
+        "item_completion": np.array(items),
     }
 
 
@@ -231,15 +228,15 @@ def _groups(columns: Mapping[str, NDArray[Any]]) -> Iterator[RecordedGroup]:
     if "reference_logprobs" in columns:
         references = _cut(columns["reference_logprobs"], columns["tokens"])
     seeds, rewards, advantages = (columns[name].tolist() for name in ("seed", "reward", "advantage"))
-    facts = ("group_id", "submitted_version", "prompt_id", "completions")
-    for group_id, version, prompt_id, count in zip(*(columns[name].tolist() for name in facts), strict=True):
+    facts = ("group_id", "submitted_version", "replica", "prompt_id", "completions")
+    for group_id, version, replica, prompt_id, count in zip(*(columns[name].tolist() for name in facts), strict=True):
         own = slice(row, row + count)
         row += count
         yield RecordedGroup(
             group_id=group_id,
             submitted_version=version,
-            prompt=Prompt(prompt_id, "", next(prompts), None),
-            completions=tuple(completions[own]),
+            replica=replica,
+            sampled=SampledGroup(Prompt(prompt_id, "", next(prompts), None), tuple(completions[own])),
             seeds=tuple(seeds[own]),
             rewards=tuple(rewards[own]),
             advantages=tuple(None if math.isnan(advantage) else advantage for advantage in advantages[own]),
@@ -252,13 +249,13 @@ def _completions(columns: Mapping[str, NDArray[Any]]) -> Iterator[Completion]:
     token_ids = _cut(columns["token_ids"].astype(np.int32), counts)
     logprobs = _cut(columns["behaviour_logprobs"], counts)
     spans = iter(zip(columns["span_version"].tolist(), columns["span_tokens"].tolist(), strict=True))
-    facts = (columns[name].tolist() for name in ("spans", "finish_reason", "sample"))
-    for ids, own_logprobs, num_spans, finish_reason, sample in zip(token_ids, logprobs, *facts, strict=True):
+    facts = (columns[name].tolist() for name in ("spans", "finish_reason"))
+    for ids, own_logprobs, num_spans, finish_reason in zip(token_ids, logprobs, *facts, strict=True):
         own, start = [], 0
         for version, length in _take(spans, num_spans):
             own.append(VersionSpan(version, start, start + length))
             start += length
-        yield Completion(ids, own_logprobs, tuple(own), finish_reason, "", sample)
+        yield Completion(ids, own_logprobs, tuple(own), finish_reason, "")
 
 
 def _shares(columns: Mapping[str, NDArray[Any]], groups: Sequence[RecordedGroup]) -> Iterator[Share]:
@@ -267,18 +264,16 @@ def _shares(columns: Mapping[str, NDArray[Any]], groups: Sequence[RecordedGroup]
     updates = len(columns["plan_batch_tokens"]) // ranks
     for _ in range(ranks):
         own = tuple(_take(plans, updates))
-        used = {bundle.prompt // 3 for plan in own for bundles in plan.micro_batches for bundle in bundles}
+        used = {bundle.payload // 2 for plan in own for bundles in plan.micro_batches for bundle in bundles}
         payloads: list[Any] = []
         for row, group in enumerate(groups):
             # Positions are the same on every rank; a rank is sent what its own plans speak of.
-            payloads += (
-                (group.prompt, group.completions, group.reference_logprobs) if row in used else (None, None, None)
-            )
+            payloads += (group.sampled, group.reference_logprobs) if row in used else (None, None)
         yield own, tuple(payloads)
 
 
 def _plans(columns: Mapping[str, NDArray[Any]], groups: Sequence[RecordedGroup]) -> Iterator[RankPlan]:
-    """Yields the plans, rank by rank, with positions in payloads of three for each group: prompt, completions, references."""
+    """Yields the plans, rank by rank, with positions in payloads of two for each group: the sampled group, the references."""
     firsts = np.repeat(np.cumsum(columns["completions"]) - columns["completions"], columns["completions"]).tolist()
     advantages = columns["advantage"].tolist()
     items, bundle_rows, bundle_sizes, micro_batches = (
@@ -286,19 +281,15 @@ def _plans(columns: Mapping[str, NDArray[Any]], groups: Sequence[RecordedGroup])
         for name in ("item_completion", "bundle_group", "bundle_items", "micro_batch_bundles")
     )
 
-    def item(group: RecordedGroup, first: int, row: int) -> Item:
-        i = row - firsts[row]
-        return Item(
-            completion=(first + _COMPLETIONS, i),
-            reference=None if group.reference_logprobs is None else (first + _REFERENCES, i),
-            advantage=advantages[row],
-            num_tokens=len(group.completions[i].token_ids),
-        )
+    def item(group: RecordedGroup, row: int) -> Item:
+        sample = row - firsts[row]
+        return Item(sample, advantages[row], len(group.sampled.completions[sample].token_ids))
 
     def bundle(row: int) -> Bundle:
-        group, first = groups[row], 3 * row
-        own = tuple(item(group, first, of) for of in _take(items, next(bundle_sizes)))
-        return Bundle(first + _PROMPT, group.group_id, own)
+        group, first = groups[row], 2 * row
+        own = tuple(item(group, of) for of in _take(items, next(bundle_sizes)))
+        references = None if group.reference_logprobs is None else first + _REFERENCES
+        return Bundle(first + _PAYLOAD, references, group.group_id, group.replica, own)
 
     counts = zip(columns["plan_micro_batches"].tolist(), columns["plan_batch_tokens"].tolist(), strict=True)
     for num_micro_batches, batch_tokens in counts:

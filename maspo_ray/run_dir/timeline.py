@@ -88,9 +88,10 @@ class Track:
         number: in the file; None until something of it is drawn.
         num_lanes: that were ever needed; free_lanes, those of them that no span has now, as a heap.
         idle_since: when its last span ended, while it has none open; None otherwise, and before its first.
+        past_lanes: of spans that are told of once they have ended, when the last span of each ended.
     """
 
-    __slots__ = ("timeline", "actor", "totals", "number", "num_lanes", "free_lanes", "idle_since")
+    __slots__ = ("timeline", "actor", "totals", "number", "num_lanes", "free_lanes", "idle_since", "past_lanes")
 
     def __init__(self, timeline: Timeline, actor: str, totals: defaultdict[str, float]) -> None:
         self.timeline = timeline
@@ -100,6 +101,14 @@ class Track:
         self.num_lanes = 0
         self.free_lanes: list[int] = []
         self.idle_since: float | None = None
+        self.past_lanes: list[float] = []
+
+    def add_past(self, name: str, started: float, ended: float) -> None:
+        """Takes down what another process saw, by this timeline's clock, once it has ended."""
+        lane = next((i for i, free_at in enumerate(self.past_lanes) if free_at <= started), len(self.past_lanes))
+        self.past_lanes[lane : lane + 1] = [ended]
+        self.totals[name] += ended - started
+        self.timeline.draw(self, name, lane, started, ended, {})
 
     def span(self, name: str, **details: int) -> "Span":
         """Takes down what runs within, also where it fails; or what passes from its `begin` to its `end`.

@@ -29,6 +29,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from maspo_ray.errors import RunError
 from maspo_ray.weight_sync.buckets import Bucket, cut_buckets
+from maspo_ray.weight_sync.checksum import ChecksumWorkerExtension
 
 T = TypeVar("T")
 BUCKET_BYTES = 2**20
@@ -324,7 +325,7 @@ def together(remote: Callable[[], Any], local: Callable[[], T]) -> T:
         executor.shutdown(wait=False)
 
 
-class GlooWorkerExtension:
+class GlooWorkerExtension(ChecksumWorkerExtension):
     """Named as vLLM's `worker_extension_cls`, so that importing it registers the engine in the engine's process.
 
     An entry point of group `vllm.general_plugins` would need the project to be installed, which `ray job submit` with a

@@ -29,9 +29,9 @@ class IntakeMachine(RuleBasedStateMachine):
     def start(self, batch: int, bound: int, steps: int, extra: int | None) -> None:
         self.batch, self.bound, self.steps = batch, bound, steps
         self.max_lag = bound if extra is None else bound + extra
-        door = DropStale(bound) if extra is None else TrainStale(bound, bound + extra)
+        policy = DropStale(bound) if extra is None else TrainStale(bound, bound + extra)
         self.rows: list[dict[str, Any]] = []
-        self.intake = Intake(batch, bound, steps, door, self.rows.append)
+        self.intake = Intake(batch, bound, steps, policy, self.rows.append)
         # The versions at which running groups were admitted; the ready ones as they were accepted.
         self.running: dict[int, int] = {}
         self.ready: dict[int, int] = {}
@@ -125,10 +125,10 @@ IntakeMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=
 test_intake_any_interleaving_ends_every_group_once_and_within_the_bound = IntakeMachine.TestCase
 
 
-def _aged(door: Any) -> tuple[Intake, list[dict[str, Any]]]:
+def _aged(policy: Any) -> tuple[Intake, list[dict[str, Any]]]:
     """Returns an intake at version 2, bound 1, with a group ready whose first token is of version 0, and one of version 2."""
     rows: list[dict[str, Any]] = []
-    intake = Intake(1, 1, 5, door, rows.append)
+    intake = Intake(1, 1, 5, policy, rows.append)
     late, _ = intake.admit("train/late")
     for version in (0, 1):
         group_id, _ = intake.admit("train/quick")

@@ -9,9 +9,16 @@ import pytest
 from maspo_ray.config import DataConfig, PipelineConfig, RunConfig
 from maspo_ray.data.samplers import PassRateSampler, UniformSampler
 from maspo_ray.errors import ConfigError
-from maspo_ray.fleet.loading import PROTOCOLS, load_actor_class, load_classes, load_door, load_sampler, protocol_methods
+from maspo_ray.fleet.loading import (
+    PROTOCOLS,
+    load_actor_class,
+    load_classes,
+    load_late_policy,
+    load_sampler,
+    protocol_methods,
+)
 from maspo_ray.groups.late_policy import DropStale, TrainStale
-from maspo_ray.protocols import DoorPolicy, Sampler
+from maspo_ray.protocols import LatePolicy, Sampler
 
 Write = Callable[[str], str]
 
@@ -257,47 +264,47 @@ def test_load_sampler_wrong_args_are_answered_before_a_sampler_is_made(write: Wr
         load_sampler(data, seed=0)
 
 
-# What decides at the door.
+# What decides about late groups.
 
 
-def _load_door(path: str | None = None, **args: object) -> DoorPolicy:
-    section = {} if path is None else {"door": {"path": path, "args": args}}
-    return load_door(PipelineConfig.model_validate({"max_staleness": 2, **section}))
+def _load_late_policy(path: str | None = None, **args: object) -> LatePolicy:
+    section = {} if path is None else {"late_policy": {"path": path, "args": args}}
+    return load_late_policy(PipelineConfig.model_validate({"max_staleness": 2, **section}))
 
 
-def test_load_door_drops_unless_another_is_named_and_knows_the_bound() -> None:
-    door, late = _load_door(), _load_door("maspo_ray.groups.late_policy:TrainStale", max_lag=5)
-    assert isinstance(door, DropStale) and isinstance(late, TrainStale)
-    assert (door.oldest_version(9), late.oldest_version(9)) == (9 - 2, 9 - 5)
+def test_load_late_policy_drops_unless_another_is_named_and_knows_the_bound() -> None:
+    strict, late = _load_late_policy(), _load_late_policy("maspo_ray.groups.late_policy:TrainStale", max_lag=5)
+    assert isinstance(strict, DropStale) and isinstance(late, TrainStale)
+    assert (strict.oldest_version(9), late.oldest_version(9)) == (9 - 2, 9 - 5)
 
 
-def test_load_door_of_the_users_own_receives_its_args(write: Write) -> None:
+def test_load_late_policy_of_the_users_own_receives_its_args(write: Write) -> None:
     module = write(
         "class D:\n"
         "    def __init__(self, max_staleness, odd): self.given = max_staleness, odd\n"
         "    def oldest_version(self, version): return 0\n"
         "    def judge(self, experience, version): return None\n"
     )
-    assert vars(_load_door(f"{module}:D", odd=True))["given"] == (2, True)
+    assert vars(_load_late_policy(f"{module}:D", odd=True))["given"] == (2, True)
 
 
 @pytest.mark.parametrize(
     ("path", "args", "fault"),
     [
-        ("no_such:D", {}, "pipeline.door.path is no_such:D; there is no module no_such."),
+        ("no_such:D", {}, "pipeline.late_policy.path is no_such:D; there is no module no_such."),
         (
             "maspo_ray.data.samplers:UniformSampler",
             {},
-            "the class has no method oldest_version, which DoorPolicy needs.",
+            "the class has no method oldest_version, which LatePolicy needs.",
         ),
         (
             "maspo_ray.groups.late_policy:TrainStale",
             {},
-            "pipeline.door.args is {}; TrainStale does not take it (TypeError: ",
+            "pipeline.late_policy.args is {}; TrainStale does not take it (TypeError: ",
         ),
     ],
 )
-def test_load_door_faults_name_the_field(path: str, args: dict[str, object], fault: str) -> None:
+def test_load_late_policy_faults_name_the_field(path: str, args: dict[str, object], fault: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        _load_door(path, **args)
+        _load_late_policy(path, **args)
     assert fault in str(caught.value) and len(str(caught.value).splitlines()) == 1

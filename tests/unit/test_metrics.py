@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from maspo_ray.rollouts.idle import IdleMeter
+
 from maspo_ray.run_dir.metrics import STEP_COLUMNS, StepMetrics, combine_updates
 from maspo_ray.run_dir.sinks import JsonlSink, JsonlWriter, TensorBoardSink, json_bytes
 

@@ -234,9 +234,9 @@ def test_pipeline_generates_while_it_evaluates(tmp_path: Path) -> None:
 
 
 def test_pipeline_trains_on_what_the_door_lets_in(tmp_path: Path) -> None:
-    door = {"path": "maspo_ray.groups.late_policy:TrainStale", "args": {"max_lag": 4}}
+    late_policy = {"path": "maspo_ray.groups.late_policy:TrainStale", "args": {"max_lag": 4}}
     behaviour = Behaviour(sigma=1.2, train_s=20.0)
-    seen = _run(tmp_path, behaviour, engines=16, steps=10, groups_per_step=16, max_staleness=1, door=door)
+    seen = _run(tmp_path, behaviour, engines=16, steps=10, groups_per_step=16, max_staleness=1, late_policy=late_policy)
     _check_books(seen, max_staleness=4)
     assert max(seen.staleness) > 1
     assert max(row["staleness/over_bound_share"] for row in seen.metrics) > 0

@@ -6,7 +6,7 @@ import pytest
 
 from bench.simulated import simulated_config
 from maspo_ray.errors import ConfigError
-from maspo_ray.run_dir.folder import RunFolder
+from maspo_ray.run_dir.folder import RunFiles
 
 
 def test_folder_that_cannot_be_opened_is_one_line_and_holds_no_run(tmp_path: Path) -> None:
@@ -14,7 +14,7 @@ def test_folder_that_cannot_be_opened_is_one_line_and_holds_no_run(tmp_path: Pat
     config = config.model_copy(update={"logging": config.logging.model_copy(update={"tensorboard": True})})
     (tmp_path / "tensorboard").write_text("a file where the folder would be")
     with pytest.raises(ConfigError) as caught:
-        RunFolder(config)
+        RunFiles(config)
     assert str(caught.value).startswith(f"run_dir is {tmp_path}; it cannot be written to (")
     assert len(str(caught.value).splitlines()) == 1
     assert not any((tmp_path / name).exists() for name in ("metrics.jsonl", "config.yaml"))

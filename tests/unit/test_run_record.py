@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 
 from maspo_ray.config import RunConfig
-from maspo_ray.run_dir.history import RunRecord
+from maspo_ray.run_dir.history import RunHistory
 from maspo_ray.run_dir.summary import RunSummary
 
 NAN = math.nan
 
 
-def _record(**keys: Any) -> RunRecord:
+def _record(**keys: Any) -> RunHistory:
     tree = {"model": {"path": "org/model"}, "data": {"train": {"kind": "jsonl", "path": "rows.jsonl"}}}
-    return RunRecord(RunConfig.model_validate(tree | keys))
+    return RunHistory(RunConfig.model_validate(tree | keys))
 
 
 def _row(reward: float = 0.5, **metrics: float) -> dict[str, float]:
@@ -32,7 +32,7 @@ def _row(reward: float = 0.5, **metrics: float) -> dict[str, float]:
     return row | {name.replace("__", "/"): value for name, value in metrics.items()}
 
 
-def _summary(record: RunRecord, **facts: Any) -> RunSummary:
+def _summary(record: RunHistory, **facts: Any) -> RunSummary:
     given = {"groups": {"submitted": 0}, "seconds": {}, "errors": 0, "interrupted": False, "saved": ()}
     return record.summary(**(given | facts))
 

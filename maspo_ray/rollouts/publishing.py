@@ -1,0 +1,122 @@
+"""A version's way from the learner to the engines.
+
+Promise: when `publish` returns, every engine samples from the version's weights, and has shown it: its weights are others than before where the
+learner's are, and all replicas hold the same. Each transfer set (`fleet.transfer_sets`) changes by itself, while the others generate.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from maspo_ray.errors import RunError
+from maspo_ray.experience import PublishReport
+from maspo_ray.fleet.calls import await_all, await_named
+from maspo_ray.hosts.engine_table import EngineTable, ReplicaState
+from maspo_ray.rollouts.pool import Handles
+from maspo_ray.run_dir.timeline import Timeline
+
+
+class Sends(Protocol):
+    """What sends the learner's weights."""
+
+    async def publish(self, version: int, replicas: tuple[int, ...]) -> PublishReport: ...
+
+
+class WeightChecksums:
+    """Holds what engines say of their weights against each other and against before. A pure state machine."""
+
+    def __init__(self) -> None:
+        self._before: str | None = None
+
+    def check(self, version: int, checksums: Sequence[str | None], changed: bool) -> None:
+        """Takes up what the replicas, in their order, say after an update; None where one cannot say.
+
+        Args:
+            changed: whether the learner's weights are others than at the version before.
+
+        Raises:
+            RunError: an engine's weights did not change with the learner's, or differ from another's.
+        """
+        known = {replica: checksum for replica, checksum in enumerate(checksums) if checksum is not None}
+        if not known:
+            return
+        stale = [replica for replica, checksum in known.items() if changed and checksum == self._before]
+        if stale:
+            raise RunError(
+                f"{_names(stale)} did not take up version {version}: the weights are those of the version before, though the learner's "
+                "have changed. See its log; if learner.lr is so small that no weight changes in model.dtype, raise it."
+            )
+        first, *others = known.items()
+        odd = [replica for replica, checksum in others if checksum != first[1]]
+        if odd:
+            raise RunError(
+                f"{_names(odd)} and rollout/{first[0]} hold different weights after version {version} was published to them. See "
+                "their logs."
+            )
+        self._before = first[1]
+
+
+def _names(replicas: Sequence[int]) -> str:
+    return ", ".join(f"rollout/{replica}" for replica in replicas)
+
+
+class WeightUpdates:
+    """Publishes versions to the engines.
+
+    Args:
+        sets: the replicas that change together, one set after the other.
+        answer_s: how long an engine may take to say what it holds.
+    """
+
+    def __init__(
+        self,
+        learner: Sends,
+        actors: Handles,
+        table: EngineTable,
+        sets: Sequence[tuple[int, ...]],
+        timeline: Timeline,
+        answer_s: float,
+    ) -> None:
+        self._learner = learner
+        self._actors = actors
+        self._table = table
+        self._sets = sets
+        self._timeline = timeline
+        self._answer_s = answer_s
+        self._checksums = WeightChecksums()
+
+    async def publish(self, version: int, changed: bool) -> dict[str, float]:
+        """Sends the learner's weights as a version; returns what it took, by its names in metrics.jsonl.
+
+        Args:
+            changed: whether they are others than at the version before.
+
+        Raises:
+            RunError: an engine did not take them up; it is named.
+        """
+        seconds, pauses = 0.0, []
+        with self._timeline.span("learner", "publish", version=version):
+            for replicas in self._sets:
+                report = await self._publish_to(replicas, version)
+                seconds += report.seconds
+                pauses += [went_on - stopped for stopped, went_on in report.pauses]
+        self._checksums.check(version, await self._ask_checksums(), changed)
+        return {"time/publish_s": seconds, "time/rollout_paused_s": sum(pauses) / len(pauses)}
+
+    async def _publish_to(self, replicas: tuple[int, ...], version: int) -> PublishReport:
+        started = self._timeline.now()
+        self._table.set_state(replicas, ReplicaState.UPDATING)
+        report = await self._learner.publish(version, replicas)
+        self._table.set_state(replicas, ReplicaState.UP)
+        for replica, (stopped, went_on) in zip(replicas, report.pauses, strict=True):
+            self._timeline.add(f"rollout/{replica}", "paused", started + stopped, started + went_on)
+        return report
+
+    async def _ask_checksums(self) -> list[str | None]:
+        calls = {}
+        for replica in range(len(self._table)):
+            name = f"rollout/{replica}"
+            call = self._actors.handle("rollout", replica).weight_checksum.remote()
+            calls[name] = await_named(name, "computing the checksum of its weights", call)
+        return await await_all(
+            self._answer_s, "with the checksum of its weights; the deadline is pipeline.weight_sync_timeout_s", calls
+        )
