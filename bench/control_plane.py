@@ -7,8 +7,8 @@ controller_ms_per_group        CPU of the controller's process for a group, at 1
 growth_64_to_1024              that figure at 1,024 actors / at 64
 memory_slope_bytes_per_group   of Python's live memory against groups that have ended, at 1,024 actors
 
-Real are `Pipeline`, `RolloutPool`, `StalenessGate`, `GroupLedger`, `ReadyBuffer`, `PromptStream`, `RunFiles`, `Timeline` and `pack`; simulated is
-what stands behind a Ray handle (`bench/simulated.py`). Each sample comes in an object of its own, the most that a group can cost; a fifth
+Real are `Pipeline`, `RolloutPool`, `StalenessGate`, `GroupLedger`, `ReadyBuffer`, `PromptStream`, `Journal`, `Timeline`, `pack` and the rollout
+hosts; simulated is what stands behind a Ray handle (`bench/simulated.py`). Each sample comes in an object of its own, the most that a group can cost; a fifth
 of the groups is filtered and refilled, some go past the staleness bound, some samples cannot be scored.
 
 The simulation's own cost is what the same actors take when a plain loop asks them for as many groups, awaits every object and does
@@ -19,8 +19,8 @@ Memory is what tracemalloc counts, in a run of its own since counting slows it: 
 collection, so that as many groups are in flight each time, from when the first of them have left to when the last are admitted. The slope
 is by least squares, with its standard error.
 
-Ray's client is in none of this; what it takes of the same process is measured beside it, with a real local Ray. Nor is the record of each
-step (`logging.steps`), whose references go to an actor of Ray's.
+Ray's client is in none of this (`bench.scale_out` measures it), nor is the record of each step (`logging.steps`), whose references go to an
+actor of Ray's.
 """
 
 import asyncio
@@ -37,12 +37,10 @@ from time import process_time
 from typing import Any
 
 import numpy as np
-import ray
 
 from bench.simulated import Behaviour, SimulatedFleet, VirtualLoop, simulated_config, simulated_pipeline
-from maspo_ray.config import PlacementConfig
-from maspo_ray.experience import Completion, CompletionFacts, Prompt, Verdict, VersionSpan
-from maspo_ray.fleet.ray_session import connected
+from maspo_ray.experience import Prompt, Sampling
+from maspo_ray.hosts.messages import SampleRequest
 from maspo_ray.pipeline.garbage import collecting_rarely
 from maspo_ray.pipeline.loop import Pipeline
 
@@ -50,7 +48,6 @@ SIZES = (64, 1024)
 GROUPS_PER_STEP, MAX_STALENESS, SAMPLES, RANKS = 4096, 3, 8, 64
 IN_FLIGHT = GROUPS_PER_STEP * (MAX_STALENESS + 1)
 REPEATS, STEPS = 3, 8
-PAYLOAD_TOKENS = 2048
 # A smaller step, of which there are more looks: what is in flight moves less from one to the next.
 MEMORY_GROUPS_PER_STEP, MEMORY_STEPS, MEMORY_FIRST_LOOK = 1024, 120, 8
 
@@ -87,13 +84,13 @@ def drive(
         config = simulated_config(
             Path(folder), steps=steps, groups_per_step=groups_per_step, max_staleness=MAX_STALENESS
         )
-        pipeline, files = simulated_pipeline(config, fleet, make_prompts())
+        pipeline, journal, _ = await simulated_pipeline(config, fleet, make_prompts())
         if watch is not None:
             watch(fleet, pipeline)
         started = process_time()
         await pipeline.run()
         taken = process_time() - started
-        files.close()
+        journal.close()
         groups = pipeline.group_counts
         return Driven(1e3 * taken / groups["submitted"], groups)
 
@@ -106,19 +103,13 @@ def drive_plainly(engines: int, count: int) -> Driven:
 
     async def main(loop: VirtualLoop) -> Driven:
         fleet = SimulatedFleet(loop, engines, engines, RANKS, Behaviour())
-        places = asyncio.Semaphore(IN_FLIGHT // 2)
+        await fleet.start()
+        places, prompt, sampling = asyncio.Semaphore(IN_FLIGHT // 2), make_prompts()[0], Sampling(1.0, 1)
 
         async def group(number: int) -> None:
-            actor, reward = fleet.of_role("rollout")[number % engines], fleet.of_role("reward")[number % engines]
-            stream = actor.generate.options(num_returns="streaming").remote(
-                fleet.put(None), temperature=1.0, max_new_tokens=1, seeds=[None] * SAMPLES
-            )
-            scored = []
-            async for payload in stream:
-                await (await anext(stream))
-                scored.append(reward.score.remote(None, payload).future())
-            for verdict in scored:
-                await verdict
+            request = SampleRequest(number, prompt, sampling, (None,) * SAMPLES)
+            _, answer = fleet.handle("rollout", number % engines).sample.remote(request)
+            await answer
             places.release()
 
         started = process_time()
@@ -159,57 +150,6 @@ def memory_slope(engines: int) -> dict[str, float]:
     }
 
 
-class Answering:
-    """An actor that answers at once, in the shapes and sizes of a rollout's and a reward's answers."""
-
-    async def generate(self, _prompt: Any) -> Any:
-        for sample in range(SAMPLES):
-            tokens, logprobs = np.zeros(PAYLOAD_TOKENS, np.int32), np.zeros(PAYLOAD_TOKENS, np.float32)
-            spans = (VersionSpan(0, 0, PAYLOAD_TOKENS),)
-            yield [Completion(tokens, logprobs, spans, "stop", " " * 4 * PAYLOAD_TOKENS, sample)]
-            yield [CompletionFacts(1, 0, 0, "stop", sample)]
-
-    async def score(self, _prompt: Any, _payload: Any) -> list[Verdict]:
-        return [Verdict.from_reward(1.0)]
-
-
-def ray_client_ms(calls: int = 400) -> dict[str, float]:
-    """Returns the CPU, in this process, of the Ray calls that a group makes: of each, and of a whole group."""
-
-    async def measure(actor: Any, prompt: Prompt) -> dict[str, float]:
-        async def score() -> None:
-            await actor.score.remote(reference, payload)
-
-        async def stream() -> Any:
-            objects, payload = actor.generate.options(num_returns="streaming").remote(reference), None
-            async for payload in objects:  # noqa: B007, the last one is returned
-                await (await anext(objects))
-            return payload
-
-        reference = ray.put(prompt)
-        payload = await stream()
-        await asyncio.gather(score(), stream())
-        marks = [process_time()]
-        kept = [ray.put(prompt) for _ in range(calls)]
-        marks.append(process_time())
-        await asyncio.gather(*(score() for _ in range(calls)))
-        marks.append(process_time())
-        await asyncio.gather(*(stream() for _ in range(calls // SAMPLES)))
-        marks.append(process_time())
-        put, call, streams = (1e3 * (b - a) / len(kept) for a, b in zip(marks, marks[1:], strict=False))
-        stream_ms = streams * SAMPLES
-        return {
-            "put": put,
-            "call": call,
-            "streamed_object": stream_ms / (2 * SAMPLES),
-            "group": put + SAMPLES * call + stream_ms,
-        }
-
-    with connected(PlacementConfig(object_store_gib=0.2)):
-        actor: Any = ray.remote(Answering).options(num_cpus=0, max_concurrency=1000).remote()
-        return asyncio.run(measure(actor, make_prompts()[0]))
-
-
 def spread(values: list[float]) -> str:
     return f"{statistics.median(values):8.3f}  ({min(values):.3f} to {max(values):.3f})"
 
@@ -217,7 +157,6 @@ def spread(values: list[float]) -> str:
 def main() -> None:
     # Simulated failures are logged as real ones are; here they are none.
     logging.disable(logging.WARNING)
-    ray_ms = ray_client_ms()
     gross: dict[int, list[float]] = {size: [] for size in SIZES}
     plain: dict[int, list[float]] = {size: [] for size in SIZES}
     for _ in range(REPEATS):
@@ -241,8 +180,6 @@ def main() -> None:
         f"{'memory, bytes a group':36s}{memory['slope']:8.1f}  ± {memory['error']:.1f} over {memory['groups']:,.0f} groups, "
         f"{memory['live_mb']:.0f} MB live"
     )
-    for name, value in ray_ms.items():
-        print(f"{f'Ray client, ms of CPU: {name}':36s}{value:8.3f}")
     print(
         json.dumps(
             {
@@ -254,7 +191,6 @@ def main() -> None:
                 "growth_with_simulation": statistics.median(gross_growth),
                 "memory_slope_bytes_per_group": memory["slope"],
                 "memory_slope_error": memory["error"],
-                "ray_client_ms": ray_ms,
                 "spread": {
                     "controller_ms_per_group": [min(net[SIZES[-1]]), max(net[SIZES[-1]])],
                     "with_simulation_ms_per_group": [min(gross[SIZES[-1]]), max(gross[SIZES[-1]])],

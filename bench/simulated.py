@@ -197,7 +197,8 @@ class SimulatedEngine:
         text = _FATE.get([_WRONG]).pop()
         await self._fleet.loop.answer(after_s, None)
         count = min(_LONGEST, max(1, int(after_s * self._fleet.behaviour.tokens_per_s)))
-        spans = (VersionSpan(began_with, 0, count),)
+        self._fleet.tokens_ended.append(count)
+        spans: tuple[VersionSpan, ...] = (VersionSpan(began_with, 0, count),)
         if self._version != began_with and count > 1:
             # It went on through an update.
             spans = (VersionSpan(began_with, 0, count - 1), VersionSpan(self._version, count - 1, count))
@@ -265,6 +266,7 @@ class SimulatedFleet:
     Attributes:
         hosts: the rollout hosts, which are the real ones.
         changed_at: the versions at which the learner's weights changed.
+        tokens_ended: of each completion that ended.
         on_train: is told the version, the shares of each `train`, and which of its updates are applied.
         on_publish: is told each version.
     """
@@ -273,6 +275,7 @@ class SimulatedFleet:
         self.loop = loop
         self.behaviour = behaviour
         self.changed_at: list[int] = []
+        self.tokens_ended: list[int] = []
         self.on_train: Callable[[int, Sequence[Any], Sequence[bool]], None] = lambda version, shares, applied: None
         self.on_publish: Callable[[int], None] = lambda version: None
         self.random = random.Random(behaviour.seed)
@@ -290,7 +293,7 @@ class SimulatedFleet:
         """Sets up the hosts."""
         for host in self.hosts:
             await host.setup()
-            await host.connect_rewards(self._num_rewards, self._score)
+            await host.connect_rewards(self._num_rewards, lambda *call: self._score(*call))
 
     async def _score(self, replica: int, prompt: Prompt, completions: Sequence[Completion]) -> list[Verdict]:
         await self.loop.answer(next(self._score_s), None)

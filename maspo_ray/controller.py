@@ -75,8 +75,7 @@ class _Session:
         finally:
             await self._fleet.shutdown()
             self._journal.close()
-        errors = {"training": self._errors.errors}
-        return self._journal.summarise(groups=self._intake.counts, errors=errors, interrupted=interrupted)
+        return self._journal.summarise(groups=self._intake.counts, errors=self._errors.errors, interrupted=interrupted)
 
     async def _work(self) -> None:
         config, journal = self._config, self._journal

@@ -44,7 +44,8 @@ class EvaluationSchedule:
             await before
         with self._journal.timeline.span("evaluation", "evaluate", step=step):
             result = await evaluator.evaluate()
-        self._journal.evaluation(self._row(step, result), result.accuracy)
+        versions = (result.min_version, result.max_version)
+        self._journal.evaluation(step, result.accuracy, versions, self._row(step, result))
 
     def _row(self, step: int, result: EvalResult) -> dict[str, object]:
         return {

@@ -68,11 +68,15 @@ class Journal:
         """A group's life has ended."""
         self.files.write_ledger(row)
 
-    def evaluation(self, row: Mapping[str, object], accuracy: float) -> None:
-        """An evaluation is done; `row` has its columns of eval.jsonl."""
+    def evaluation(self, step: int, accuracy: float, versions: tuple[int, int], row: Mapping[str, object]) -> None:
+        """The evaluation after a step is done; `row` has its columns of eval.jsonl.
+
+        Args:
+            versions: the oldest and the newest weights that it is of.
+        """
         self.files.write_eval(row)
         self._history.accuracy(accuracy)
-        self._progress.evaluated(row, accuracy)
+        self._progress.evaluated(step, accuracy, versions)
 
     def parity(self, parity: Parity) -> None:
         """Learner and engines were compared."""
@@ -96,11 +100,11 @@ class Journal:
         """Closes the files; `summarise` can follow."""
         self.files.close()
 
-    def summarise(self, *, groups: dict[str, int], errors: dict[str, int], interrupted: bool) -> RunSummary:
+    def summarise(self, *, groups: dict[str, int], errors: int, interrupted: bool) -> RunSummary:
         """Returns and writes what the run has come to.
 
         Args:
-            errors: completions that could not be scored, in training and in evaluations.
+            errors: completions that could not be scored.
         """
         if self._draws_curves:
             draw_curves(self.files.path)

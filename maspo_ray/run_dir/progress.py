@@ -64,10 +64,15 @@ class Progress:
         """Shows a line that stays, such as `starting rollout actor 1/2`."""
         self._display.note(text)
 
-    def evaluated(self, step: int, accuracy: float) -> None:
-        """Shows a held-out accuracy, and keeps it beside the steps that follow."""
+    def evaluated(self, step: int, accuracy: float, versions: tuple[int, int]) -> None:
+        """Shows a held-out accuracy, and keeps it beside the steps that follow.
+
+        Args:
+            versions: the oldest and the newest weights that it is of.
+        """
         self._accuracy = accuracy
-        self._display.note(f"held-out accuracy after step {step}: {percent_text(accuracy)}")
+        over = f" (versions {versions[0]} to {versions[1]})" if versions[0] < versions[1] else ""
+        self._display.note(f"held-out accuracy after step {step}{over}: {percent_text(accuracy)}")
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """Shows a step that is done; of `metrics`, the columns of metrics.jsonl, what is there and not NaN."""

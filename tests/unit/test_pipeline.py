@@ -2,11 +2,12 @@
 
 import asyncio
 import json
+import re
+import weakref
 from collections import Counter
-from collections.abc import Awaitable, Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from bench.simulated import Behaviour, SimulatedFleet, VirtualLoop, simulated_config, simulated_pipeline
 from maspo_ray.controller import _first_cause
-from maspo_ray.errors import RunError
+from maspo_ray.errors import ActorLate, RunError
 from maspo_ray.evaluation.evaluator import EvalResult
 from maspo_ray.experience import Prompt
 
@@ -35,16 +36,23 @@ class _Seen:
     staleness: list[int] = field(default_factory=list)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     left_running: int = 0
+    payloads: list[Any] = field(default_factory=list)
+    alive: list[int] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
 
-    def train(self, arguments: Sequence[Any], applied: Sequence[bool]) -> None:
+    def train(self, version: int, shares: Sequence[Any], applied: Sequence[bool]) -> None:
         self.batches.append(set())
-        for version, plans, *payloads in arguments:
+        self.alive.append(sum(reference() is not None for reference in self.payloads))
+        for plans, payloads in shares:
+            self.payloads += [weakref.ref(payload) for payload in payloads]
             for plan, done in zip(plans, applied, strict=True):
                 bundles = [bundle for micro_batch in plan.micro_batches for bundle in micro_batch]
                 self.batches[-1].update(bundle.group_id for bundle in bundles)
                 (self.trained if done else self.left_out).extend(bundle.group_id for bundle in bundles)
-                items = [item for bundle in bundles for item in bundle.items]
-                self.staleness += [version - payloads[item.completion[0]].version for item in items]
+                for bundle in bundles:
+                    completions = payloads[bundle.payload].value.completions
+                    self.staleness += [version - completions[item.sample].spans[0].version for item in bundle.items]
 
 
 def _run(
@@ -74,21 +82,30 @@ def _run(
         fleet.on_train = seen.train
         if break_it is not None:
             break_it(fleet)
-        run, files = simulated_pipeline(config, fleet, PROMPTS, evaluator)
+        run, journal, pool = await simulated_pipeline(config, fleet, PROMPTS, evaluator)
         if evaluator is not None:
-            evaluator.pool = run._pool
+            evaluator.pool = pool
         try:
             await run.run()
         finally:
-            files.close()
+            journal.close()
+            # What ends with the groups that it is of, as a call to an actor does.
+            for _ in range(3):
+                await asyncio.sleep(0)
             seen.left_running = len(asyncio.all_tasks()) - 1
-            seen.metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            seen.metrics = _lines(folder / "metrics.jsonl")
             seen.counts = run.group_counts
-            seen.rows = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+            seen.rows = _lines(folder / "ledger.jsonl")
+            seen.evaluations = _lines(folder / "eval.jsonl")
+            seen.notes = [row["note"] for row in _lines(folder / "notes.jsonl")]
 
     with asyncio.Runner(loop_factory=lambda: loop) as runner:
         runner.run(main())
     return seen
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def _check_books(seen: _Seen, max_staleness: int) -> None:
@@ -113,9 +130,9 @@ def test_pipeline_of_many_engines_trains_fresh_groups_and_counts_the_others(tmp_
     seen = _run(tmp_path, behaviour, engines=16, steps=8, groups_per_step=48, max_staleness=3)
     _check_books(seen, max_staleness=3)
     assert seen.counts["trained"] == 8 * 48
-    # What is under way is bounded; at a step's end nothing has yet come in place of what it trained on.
+    # What is under way is bounded, by (η + 1) · B.
     under_way = [row["groups/running"] + row["groups/ready"] for row in seen.metrics]
-    assert len(under_way) == 8 and max(under_way) == 3 * 48
+    assert len(under_way) == 8 and max(under_way) == 4 * 48
     assert [row["object_store/used_mib"] for row in seen.metrics] == [0.0] * 8
     # A fifth is filtered; with σ = 1 a group's slowest of 8 often takes longer than 4 steps.
     assert min(seen.counts[outcome] for outcome in ("filtered", "stale", "failed")) > 5
@@ -141,15 +158,11 @@ def test_pipeline_whose_groups_carry_no_signal_ends_with_the_cause(tmp_path: Pat
     assert Counter(row["outcome"] for row in rows)["filtered"] == 9
 
 
-class _Failing:
-    """An answer that is an error."""
-
-    def __await__(self) -> Generator[None, None, None]:
-        yield from ()
-        raise RunError("a part of the run is gone")
-
-
 def _fail(*_: object) -> None:
+    raise RunError("a part of the run is gone")
+
+
+async def _fail_when_called(*_: object, **__: object) -> None:
     raise RunError("a part of the run is gone")
 
 
@@ -161,42 +174,25 @@ def _fail_in_publishing(fleet: SimulatedFleet) -> None:
     fleet.on_publish = lambda version: _fail() if version == 2 else None
 
 
-def _fail_in_cancelling(fleet: SimulatedFleet) -> None:
-    for engine in fleet.of_role("rollout"):
-        engine.expire = SimpleNamespace(remote=lambda oldest_version: _Failing())
+def _fail_in_a_beat(fleet: SimulatedFleet) -> None:
+    fleet.hosts[2].beat = _fail_when_called  # type: ignore[method-assign]
 
 
 def _fail_in_generating(fleet: SimulatedFleet) -> None:
-    engine = fleet.of_role("rollout")[1]
-    start = engine.generate.options().remote
+    def fail(version: int) -> None:
+        if version == 1:
+            fleet.hosts[1]._engine.sample = _fail_when_called  # type: ignore[method-assign,assignment]
 
-    def generate(*arguments: Any, **keywords: Any) -> Any:
-        stream = start(*arguments, **keywords)
-        return stream if fleet.version < 1 else _FailingStream()
-
-    engine.generate = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=generate))
-
-
-class _FailingStream:
-    def __aiter__(self) -> "_FailingStream":
-        return self
-
-    def __anext__(self) -> Awaitable[None]:
-        return _Failing()
+    fleet.on_publish = fail
 
 
 def _fail_in_scoring(fleet: SimulatedFleet) -> None:
-    def score(*_: object) -> Any:
-        answer = fleet.loop.create_future()
-        answer.set_exception(RunError("a part of the run is gone"))
-        return SimpleNamespace(future=lambda: answer)
-
-    fleet.of_role("reward")[0].score = SimpleNamespace(remote=score)
+    fleet._score = _fail_when_called  # type: ignore[method-assign,assignment]
 
 
 @pytest.mark.parametrize(
     "break_it",
-    [_fail_in_training, _fail_in_publishing, _fail_in_cancelling, _fail_in_generating, _fail_in_scoring],
+    [_fail_in_training, _fail_in_publishing, _fail_in_a_beat, _fail_in_generating, _fail_in_scoring],
 )
 def test_pipeline_wherever_it_fails_ends_with_the_cause_and_leaves_nothing_running(
     tmp_path: Path, break_it: Callable[[SimulatedFleet], None]
@@ -212,28 +208,128 @@ def test_pipeline_wherever_it_fails_ends_with_the_cause_and_leaves_nothing_runni
 
 
 class _SlowEvaluator:
-    """Takes long, and counts what is generated meanwhile."""
+    """Takes long, and notes the versions at its beginning and at its end."""
 
     pool: Any = None
 
-    def __init__(self) -> None:
-        self.generated: list[int] = []
+    def __init__(self, fleet_of: list[SimulatedFleet], takes_s: float) -> None:
+        self._fleets = fleet_of
+        self._takes_s = takes_s
 
     async def evaluate(self) -> EvalResult:
-        before = self.pool.tokens_generated
-        await asyncio.sleep(1000)
-        self.generated.append(self.pool.tokens_generated - before)
-        return EvalResult(0.5, 1, 1, 0)
+        [fleet] = self._fleets
+        before = fleet.hosts[0]._version
+        await asyncio.sleep(self._takes_s)
+        return EvalResult(0.5, 1, 1, 0, before, fleet.hosts[0]._version)
 
 
-def test_pipeline_generates_while_it_evaluates(tmp_path: Path) -> None:
-    evaluator = _SlowEvaluator()
-    _run(tmp_path, Behaviour(), steps=4, groups_per_step=8, max_staleness=1, evaluator=evaluator)
-    # After the second step the last of the groups are admitted.
-    assert [generated > 0 for generated in evaluator.generated] == [False, True, True, False, False]
+def test_pipeline_trains_while_it_evaluates_but_for_the_first_and_the_last(tmp_path: Path) -> None:
+    fleets: list[SimulatedFleet] = []
+    seen = _run(
+        tmp_path,
+        Behaviour(),
+        steps=6,
+        groups_per_step=8,
+        max_staleness=1,
+        evaluator=_SlowEvaluator(fleets, 400.0),
+        break_it=fleets.append,
+    )
+    # Each takes as long as a few steps. The first is over before the first update, the last has nothing after it, and of those between
+    # one runs after the other, over the versions that come meanwhile.
+    assert [row["step"] for row in seen.evaluations] == list(range(7))
+    versions = [(row["version"], row["max_version"]) for row in seen.evaluations]
+    assert versions[0] == (0, 0) and versions[-1] == (6, 6)
+    assert versions[1][0] == 1 and versions[1][1] > 1
 
 
-def test_pipeline_trains_on_what_the_door_lets_in(tmp_path: Path) -> None:
+def test_pipeline_without_staleness_waits_for_each_evaluation(tmp_path: Path) -> None:
+    fleets: list[SimulatedFleet] = []
+    evaluator = _SlowEvaluator(fleets, 400.0)
+    seen = _run(
+        tmp_path, Behaviour(), steps=3, groups_per_step=4, max_staleness=0, evaluator=evaluator, break_it=fleets.append
+    )
+    assert [(row["version"], row["max_version"]) for row in seen.evaluations] == [(i, i) for i in range(4)]
+
+
+def test_pipeline_counts_of_all_rows_add_up_to_the_ledger(tmp_path: Path) -> None:
+    fleets: list[SimulatedFleet] = []
+    behaviour = Behaviour(sigma=1.0, train_s=60.0, unscorable_share=0.05)
+    evaluator = _SlowEvaluator(fleets, 300.0)
+    seen = _run(
+        tmp_path,
+        behaviour,
+        engines=16,
+        steps=8,
+        groups_per_step=48,
+        max_staleness=2,
+        evaluator=evaluator,
+        break_it=fleets.append,
+    )
+    for outcome in ("filtered", "stale", "failed"):
+        assert sum(row[f"groups/{outcome}"] for row in seen.metrics) == seen.counts[outcome] > 0
+    cancelled = [row for row in seen.rows if "cancelled" in row.get("cause", "")]
+    assert sum(row["groups/cancelled"] for row in seen.metrics) == len(cancelled) > 0
+    # Every completion that ended is in a row, also of groups that were then filtered, cancelled or too late.
+    assert sum(row["tokens/generated"] for row in seen.metrics) == sum(fleets[0].tokens_ended)
+    assert all(row.keys() == seen.metrics[0].keys() for row in seen.metrics)
+
+
+def test_pipeline_lets_go_of_a_batch_once_it_is_trained(tmp_path: Path) -> None:
+    seen = _run(tmp_path, Behaviour(), steps=5, groups_per_step=8, max_staleness=1)
+    # When a batch is trained on, nothing is alive any more of those before it.
+    assert seen.alive == [0] * 5
+
+
+def test_pipeline_says_what_it_waits_for_when_it_waits_long(tmp_path: Path) -> None:
+    def slow_down(fleet: SimulatedFleet) -> None:
+        def slow(version: int) -> None:
+            if version == 3:
+                fleet.completion_s = iter(lambda: 2500.0, None)
+
+        fleet.on_publish = slow
+
+    seen = _run(tmp_path, Behaviour(), engines=2, steps=6, groups_per_step=4, max_staleness=1, break_it=slow_down)
+    [first, *_] = [note for note in seen.notes if "for the groups of step" in note]
+    assert re.fullmatch(
+        r"waiting for \d+ s for the groups of step \d: \d of 4 are ready, \d are on their way "
+        r"\(\d with rollout/\d, \d with rollout/\d; the oldest for \d+ s\)",
+        first,
+    )
+
+
+def test_pipeline_whose_engine_hangs_ends_by_its_deadline_with_its_name(tmp_path: Path) -> None:
+    def hang(fleet: SimulatedFleet) -> None:
+        async def never(*_: object, **__: object) -> None:
+            await asyncio.Event().wait()
+
+        def stop(version: int) -> None:
+            if version == 2:
+                fleet.hosts[1]._engine.sample = never  # type: ignore[method-assign,assignment]
+
+        fleet.on_publish = stop
+
+    seen = _Seen()
+    with pytest.raises(ExceptionGroup) as caught:
+        _run(tmp_path, Behaviour(), steps=9, groups_per_step=8, max_staleness=1, break_it=hang, seen=seen)
+    cause = _first_cause(caught.value)
+    assert isinstance(cause, ActorLate) and (cause.role, cause.replica) == ("rollout", 1)
+    assert re.match(r"rollout/1 has ended no completion for 36\d\d s.*rollout.timeout_s is 3600", str(cause))
+    assert seen.left_running == 0
+
+
+def test_pipeline_whose_engine_misses_an_update_ends_with_its_name(tmp_path: Path) -> None:
+    def miss(fleet: SimulatedFleet) -> None:
+        async def nothing(weight_version: int) -> None:
+            pass
+
+        fleet.hosts[2]._engine.finish_weight_update = nothing  # type: ignore[method-assign]
+
+    with pytest.raises(ExceptionGroup) as caught:
+        _run(tmp_path, Behaviour(), steps=3, groups_per_step=8, max_staleness=1, break_it=miss)
+    assert str(_first_cause(caught.value)).startswith("rollout/2 did not take up version 1: ")
+
+
+def test_pipeline_trains_on_what_the_late_policy_lets_in(tmp_path: Path) -> None:
     late_policy = {"path": "maspo_ray.groups.late_policy:TrainStale", "args": {"max_lag": 4}}
     behaviour = Behaviour(sigma=1.2, train_s=20.0)
     seen = _run(tmp_path, behaviour, engines=16, steps=10, groups_per_step=16, max_staleness=1, late_policy=late_policy)

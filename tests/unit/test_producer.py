@@ -14,8 +14,9 @@ from maspo_ray.data.samplers import PassRateSampler
 from maspo_ray.experience import CompletionFacts, Experience, Outcome, Prompt, Rollout, Verdict
 from maspo_ray.groups.intake import Intake
 from maspo_ray.groups.late_policy import DropStale
+from maspo_ray.hosts.messages import Ended
 from maspo_ray.pipeline.producer import Producer
-from maspo_ray.run_dir.timeline import Timeline
+from maspo_ray.rollouts.pool import Sampled
 
 MAX_NEW_TOKENS = 8
 
@@ -35,8 +36,12 @@ class _Group:
         prompts = [Prompt("train/0", "a", np.zeros(3, dtype=np.int32), None)]
         self.ledger: list[dict[str, Any]] = []
 
-        async def sample(*_: Any, **__: Any) -> tuple[Rollout, ...]:
-            return tuple(rollouts)
+        async def sample(*_: Any, **__: Any) -> Sampled:
+            facts, verdicts = zip(*rollouts, strict=True)
+            return Sampled("payload", 0, Ended(facts, verdicts))
+
+        async def logprobs(group: Any) -> None:
+            return None
 
         config = RunConfig.model_validate(tree)
         pipeline = config.pipeline
@@ -49,11 +54,10 @@ class _Group:
         )
         self.producer = Producer(
             config,
-            cast(Any, SimpleNamespace(of_role=lambda role: [], put=lambda value: value)),
             cast(Any, SimpleNamespace(sample=sample)),
+            cast(Any, SimpleNamespace(logprobs=logprobs)),
             PromptStream(prompts, self.sampler, shuffle=False, seed=0),
             self.intake,
-            Timeline(lambda event: None),
         )
         asyncio.run(self._run())
 
@@ -79,17 +83,17 @@ class _Group:
         return {row["cause"] for row in self.ledger}
 
 
-def _rollout(i: int, reward: float, num_tokens: int = 4, finish_reason: str = "stop") -> Rollout:
+def _rollout(reward: float, num_tokens: int = 4, finish_reason: str = "stop") -> Rollout:
     verdict = Verdict.unscored(Outcome.ERROR, "no") if math.isnan(reward) else Verdict.from_reward(reward)
-    return Rollout("payload", i, CompletionFacts(num_tokens, 0, 0, finish_reason), verdict)
+    return Rollout(CompletionFacts(num_tokens, 0, 0, finish_reason), verdict)
 
 
 def test_group_advantages_are_of_rewards_less_the_penalty_and_the_metrics_of_the_verdicts() -> None:
     rollouts = [
-        _rollout(0, 1.0),
-        _rollout(1, 1.0, 7),
-        _rollout(2, 0.0, 8, "length"),
-        _rollout(3, math.nan, 8, "length"),
+        _rollout(1.0),
+        _rollout(1.0, 7),
+        _rollout(0.0, 8, "length"),
+        _rollout(math.nan, 8, "length"),
     ]
     group = _Group(rollouts, reward={"overlong": {"buffer_tokens": 4, "penalty": 0.8}})
     # Penalties: 0, 0.8 · (7 − 4) / 4 = 0.6, 0.8. Rewards 1, 0.4, −0.8, of mean 0.2.
@@ -102,7 +106,7 @@ def test_group_advantages_are_of_rewards_less_the_penalty_and_the_metrics_of_the
 
 
 def test_group_cut_off_completions_are_left_out_after_they_counted_in_the_baseline() -> None:
-    rollouts = [_rollout(0, 1.0), _rollout(1, 0.0), _rollout(2, 0.0, 8, "length"), _rollout(3, 0.0, 8, "length")]
+    rollouts = [_rollout(1.0), _rollout(0.0), _rollout(0.0, 8, "length"), _rollout(0.0, 8, "length")]
     group = _Group(rollouts, pipeline={"filter_overlong": True})
     assert group.experience.advantages == (0.75, -0.25, None, None)
     metrics = group.metrics
@@ -121,7 +125,7 @@ def test_group_cut_off_completions_are_left_out_after_they_counted_in_the_baseli
 def test_group_that_is_filtered_makes_room_and_its_pass_rate_is_observed(
     rewards: tuple[float, ...], cause: str
 ) -> None:
-    rollouts = [_rollout(0, rewards[0], 8, "length"), _rollout(1, rewards[1], 8, "length"), _rollout(2, rewards[2])]
+    rollouts = [_rollout(rewards[0], 8, "length"), _rollout(rewards[1], 8, "length"), _rollout(rewards[2])]
     group = _Group(rollouts, pipeline={"filter_overlong": True, "groups_per_step": 1, "max_staleness": 0})
     assert group.causes == {cause} and {row["outcome"] for row in group.ledger} == {"filtered"}
     assert group.intake.capacity() == 1
@@ -130,12 +134,12 @@ def test_group_that_is_filtered_makes_room_and_its_pass_rate_is_observed(
 
 
 def test_group_observed_pass_rate_is_of_scored_completions_and_of_the_verdict() -> None:
-    rollouts = [_rollout(0, 1.0, 8, "length"), _rollout(1, 0.0), _rollout(2, math.nan)]
+    rollouts = [_rollout(1.0, 8, "length"), _rollout(0.0), _rollout(math.nan)]
     group = _Group(rollouts, reward={"overlong": {"buffer_tokens": 4, "penalty": 5.0}})
     assert group.sampler.state()["pass_rates"] == [[0, 0.5]]
 
 
 def test_group_of_which_nothing_could_be_scored_is_not_observed() -> None:
-    group = _Group([_rollout(0, math.nan), _rollout(1, math.nan)])
+    group = _Group([_rollout(math.nan), _rollout(math.nan)])
     assert group.sampler.state()["pass_rates"] == []
     assert group.causes == {"fewer than two completions could be scored"}
