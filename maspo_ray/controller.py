@@ -130,6 +130,7 @@ class _Session:
             groups=groups,
             seconds=self._timeline.totals(),
             errors=self._errors.errors,
+            evaluation_errors=self._errors.evaluation_errors,
             interrupted=interrupted,
             saved=self._folder.saved(),
         )

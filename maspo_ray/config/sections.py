@@ -142,7 +142,7 @@ class RewardConfig(RoleConfig):
     timeout_s: float = Field(30.0, gt=0)
     """Deadline of one `score` call; what misses it counts as `timeout`, its reward is NaN."""
     max_error_rate: float = Field(0.1, ge=0, le=1)
-    """The run stops when a larger share of the last 256 scored completions ended in error or timeout."""
+    """The run stops when a larger share of training's last 256 completions ended in error or timeout."""
     overlong: OverlongConfig | None = None
     """Take a penalty off the reward of long completions before advantages; `reward/mean` stays the verifier's."""
 

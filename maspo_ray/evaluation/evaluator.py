@@ -51,6 +51,7 @@ class Evaluator:
                         temperature=self._config.temperature,
                         max_new_tokens=self._max_new_tokens,
                         seeds=range(first + i * samples, first + (i + 1) * samples),
+                        purpose="evaluation",
                     )
                 )
                 for i, (prompt, tokens) in enumerate(self._prompts)

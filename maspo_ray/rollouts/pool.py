@@ -18,7 +18,7 @@ import numpy as np
 from maspo_ray.errors import RunError
 from maspo_ray.experience import CompletionFacts, Rollout, Verdict
 from maspo_ray.fleet.calls import named, naming
-from maspo_ray.rollouts.error_watch import ErrorWatch
+from maspo_ray.rollouts.error_watch import ErrorWatch, Purpose
 from maspo_ray.rollouts.idle import IdleMeter
 from maspo_ray.run_dir.timeline import Timeline
 
@@ -39,13 +39,21 @@ class RolloutPool:
         self.tokens_generated = 0
 
     async def sample(
-        self, prompt: Any, prompt_tokens: int, *, temperature: float, max_new_tokens: int, seeds: Sequence[int | None]
+        self,
+        prompt: Any,
+        prompt_tokens: int,
+        *,
+        temperature: float,
+        max_new_tokens: int,
+        seeds: Sequence[int | None],
+        purpose: Purpose = "training",
     ) -> tuple[Rollout, ...] | None:
         """Returns a rollout for each seed, in their order, all of one prompt; None where `expire` has ended it.
 
         Args:
             prompt: refers to the `Prompt`.
             seeds: of the sampling; None leaves it to the engine.
+            purpose: what a reward's faults are counted under.
         """
         engine = int(self._outstanding_tokens.argmin())
         cost = prompt_tokens + max_new_tokens
@@ -81,12 +89,12 @@ class RolloutPool:
                         while scoring and scoring[0][2].done():
                             scored, known, call = scoring.popleft()
                             with _NAMING_REWARD:
-                                self._judge(rollouts, scored, known, call.result())
+                                self._judge(rollouts, scored, known, call.result(), purpose)
             finally:
                 self.idle.finished(engine, monotonic())
             with _NAMING_REWARD:
                 for scored, known, call in scoring:
-                    self._judge(rollouts, scored, known, await call)
+                    self._judge(rollouts, scored, known, await call, purpose)
         finally:
             self._outstanding_tokens[engine] -= outstanding
             for *_, call in scoring:
@@ -114,9 +122,14 @@ class RolloutPool:
         return call
 
     def _judge(
-        self, rollouts: list[Rollout], payload: Any, facts: Sequence[CompletionFacts], verdicts: Sequence[Verdict]
+        self,
+        rollouts: list[Rollout],
+        payload: Any,
+        facts: Sequence[CompletionFacts],
+        verdicts: Sequence[Verdict],
+        purpose: Purpose,
     ) -> None:
         """Adds a payload's completions with their verdicts."""
         for position, (fact, verdict) in enumerate(zip(facts, verdicts, strict=True)):
-            self._errors.add(verdict)
+            self._errors.add(verdict, purpose)
             rollouts.append(Rollout(payload, position, fact, verdict))
