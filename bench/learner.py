@@ -28,7 +28,7 @@ from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
-from maspo_ray.fleet.fleet import CPU_ALLOCATOR
+from maspo_ray.fleet.environment import CPU_ALLOCATOR
 from maspo_ray.preflight import CPU_INFO, has_fast_bfloat16
 
 Ratio = tuple[float, float, float]

@@ -43,7 +43,7 @@ FLOORS: dict[str, list[str]] = {
         "history",
     ],
     "maspo_ray.hosts": ["", "reward_host"],
-    "maspo_ray.fleet": ["", "ray_session", "loading", "placement", "reservation", "calls", "fleet"],
+    "maspo_ray.fleet": ["", "ray_session", "loading", "placement", "reservation", "environment", "calls", "fleet"],
     "maspo_ray.rollouts": ["", "seeds", "idle", "error_watch", "pool"],
     "maspo_ray.evaluation": ["", "evaluator", "parity"],
     "maspo_ray.replay": ["", "model_difference", "plan", "replay"],
