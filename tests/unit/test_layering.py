@@ -27,6 +27,7 @@ FLOORS: dict[str, list[str]] = {
     "maspo_ray.objectives": ["tensor_ops", "base", "maspo", "peers", "metrics", "breakdown", ""],
     "maspo_ray.data": ["", "sources", "samplers", "prompts"],
     "maspo_ray.preflight": [],
+    "maspo_ray.dtype_speed": [],
     "maspo_ray.groups": ["", "staleness", "ledger", "buffer", "late_policy", "intake", "overlong"],
     "maspo_ray.run_dir": [
         "",
