@@ -249,7 +249,7 @@ class PipelineConfig(Section):
     steps: int = Field(100, ge=1)
     """Steps in all: a batch of groups trained on, then a publish."""
     groups_per_step: int = Field(16, ge=1)
-    """Groups that one step trains on (B), in `learner.updates_per_batch` updates."""
+    """Groups that one step trains on (B), in `learner.updates_per_batch` updates; any number of them for any number of ranks."""
     max_staleness: int = Field(1, ge=0)
     """Weight versions that a trained token may be behind the learner (η); 0 is on-policy and synchronous."""
     door: DoorConfig = DoorConfig()
