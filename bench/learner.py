@@ -28,8 +28,8 @@ from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
-from maspo_ray.fleet.fleet import CPU_ALLOCATOR
-from maspo_ray.preflight import CPU_INFO, has_fast_bfloat16
+from maspo_ray.dtype_speed import bfloat16_slowdown
+from maspo_ray.fleet.environment import CPU_ALLOCATOR
 
 Ratio = tuple[float, float, float]
 
@@ -276,12 +276,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
-    if options.dtype == "bfloat16" and not has_fast_bfloat16(CPU_INFO):
-        sys.exit("--dtype is bfloat16; this CPU multiplies it in software, which says nothing of one that does not.")
     wanted = {**CPU_ALLOCATOR, "OMP_NUM_THREADS": str(options.threads)}
     if any(os.environ.get(name) != value for name, value in wanted.items()):
         # The allocator reads its settings when the process starts; both sides of each ratio have the same.
         os.execve(sys.executable, [sys.executable, "-m", "bench.learner", *sys.argv[1:]], {**os.environ, **wanted})
+    if options.dtype == "bfloat16" and (slowdown := bfloat16_slowdown()) > 1:
+        sys.exit(
+            f"--dtype is bfloat16; this CPU takes {slowdown:.1f} times as long for its products as for float32's, which says nothing "
+            "of one that is made for it."
+        )
     from bench import logits
 
     found = measure(Bench(options.model, options.dtype, options.threads, options.repeats))

@@ -33,7 +33,7 @@ from vllm.distributed.weight_transfer.base import ParamMeta
 from actors.vllm_rollout import VLLMRollout
 from maspo_ray.config import ModelConfig, PlacementConfig, RolloutConfig
 from maspo_ray.experience import Prompt
-from maspo_ray.fleet.fleet import CPU_ALLOCATOR
+from maspo_ray.fleet.environment import CPU_ALLOCATOR
 from maspo_ray.fleet.ray_session import connected
 from maspo_ray.weight_sync import free_port
 from maspo_ray.weight_sync.buckets import cut_buckets

@@ -1,12 +1,15 @@
 """`maspo train | check | replay`.
 
 Promise: bad input is one line on standard error and exit code 2, before an actor is started; a run that fails says why and exits
-with 1, one that was interrupted with 130.
+with 1, one that was interrupted with 130. What the framework logs, from INFO on, is shown on standard error while a command runs; the
+loggers of others are left alone, and so is the framework's where it is called from Python.
 """
 
 import argparse
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
@@ -44,11 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options, overrides = parser.parse_known_args(arguments)
     try:
-        if options.command == "check":
-            return _check(options.config, overrides)
-        if options.command == "replay":
-            return _replay(options.run_dir, options.step, options.start, overrides)
-        return _train(options.config, overrides, options.resume)
+        with _messages_shown():
+            if options.command == "check":
+                return _check(options.config, overrides)
+            if options.command == "replay":
+                return _replay(options.run_dir, options.step, options.start, overrides)
+            return _train(options.config, overrides, options.resume)
     except ConfigError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
@@ -62,7 +66,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _EXIT_INTERRUPTED
 
 
+class _StandardError(logging.Handler):
+    """Writes to what `sys.stderr` is at the time: the live display of a run stands in for it, so that the two do not mix."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _messages_shown() -> Iterator[None]:
+    """Shows the framework's messages, from INFO on, as plain lines."""
+    logger, handler = logging.getLogger("maspo_ray"), _StandardError()
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    # A handler that some library gave the root logger would show each message once more.
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
+
+
 def _check(path: str, overrides: Sequence[str]) -> int:
+    from maspo_ray.dtype_speed import warn_of_slow_bfloat16
     from maspo_ray.fleet.loading import load_plugins
     from maspo_ray.fleet.placement import config_nodes, demands, plan
     from maspo_ray.preflight import preflight
@@ -70,6 +99,7 @@ def _check(path: str, overrides: Sequence[str]) -> int:
     config = load_config(path, overrides)
     preflight(config, resume=False)
     load_plugins(config)
+    warn_of_slow_bfloat16(config.model, config.learner)
     planned = plan(demands(config), config_nodes(config.placement))
     print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     print(planned.table())

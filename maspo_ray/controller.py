@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 from maspo_ray.config import RunConfig
 from maspo_ray.data.prompts import PromptStream, load_prompts
+from maspo_ray.dtype_speed import warn_of_slow_bfloat16
 from maspo_ray.evaluation.evaluator import Evaluator
 from maspo_ray.experience import Prompt
 from maspo_ray.fleet.fleet import Fleet
@@ -38,10 +39,10 @@ def train(config: RunConfig, resume: bool = False) -> RunSummary:
     """
     preflight(config, resume)
     plugins = load_plugins(config)
+    warn_of_slow_bfloat16(config.model, config.learner)
     with connected(config.placement) as may_grow:
         plan = wait_for_cluster(demands(config), config.placement.wait_s if may_grow else 0.0)
         check_object_store(config, object_store_bytes())
-        config.check_batch_divides(len(plan.of_role("learner")))
         reservation = reserve(plan, config.placement.wait_s)
         try:
             return asyncio.run(_Session(config, plugins, plan, reservation).run())
@@ -75,7 +76,12 @@ class _Session:
         finally:
             await self._fleet.shutdown()
             self._journal.close()
-        return self._journal.summarise(groups=self._intake.counts, errors=self._errors.errors, interrupted=interrupted)
+        return self._journal.summarise(
+            groups=self._intake.counts,
+            errors=self._errors.errors,
+            evaluation_errors=self._errors.evaluation_errors,
+            interrupted=interrupted,
+        )
 
     async def _work(self) -> None:
         config, journal = self._config, self._journal

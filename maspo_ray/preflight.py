@@ -5,7 +5,6 @@ still fail later, but not for a file that was not there.
 """
 
 import json
-import logging
 import os
 import re
 from collections.abc import Callable
@@ -20,10 +19,6 @@ from maspo_ray.errors import ConfigError
 
 # vLLM 0.32.0, CPUAttentionBackend.get_supported_head_sizes: with another size the engine fails only after its start.
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-
-_log = logging.getLogger(__name__)
-
-CPU_INFO = Path("/proc/cpuinfo")
 
 _TOKEN_BYTES = 16
 """Of a completion's token, at most about: id, log-prob, the reference's log-prob, text."""
@@ -55,20 +50,6 @@ def preflight(config: RunConfig, resume: bool) -> None:
             faults.append(str(error))
     if faults:
         raise ConfigError("\n".join(faults))
-    if config.model.dtype == "bfloat16" and config.learner.gpus == 0 and not has_fast_bfloat16(CPU_INFO):
-        _log.warning(
-            "model.dtype is bfloat16; this CPU multiplies it in software, at a small fraction of float32's speed. Set it to float32."
-        )
-
-
-def has_fast_bfloat16(cpuinfo: Path) -> bool:
-    """Returns whether torch's CPU kernels (oneDNN) multiply bfloat16 by vector instructions: not on x86 without AVX-512.
-
-    True where the file does not say.
-    """
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    flags = next((line.split() for line in lines if line.startswith("flags")), ["avx512f"])
-    return "avx512f" in flags
 
 
 def is_hub_id(path: str) -> bool:

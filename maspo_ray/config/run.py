@@ -66,8 +66,12 @@ class RunConfig(Section):
                 f"rollout.group_size is {self.rollout.group_size}; the {self.advantage.kind} advantage compares the "
                 "completions of a group, so it needs at least 2. Set rollout.group_size to 2 or more."
             )
-        if self.learner.per_node is None:
-            self.check_batch_divides(self.learner.replicas or 1)
+        batch, updates = self.pipeline.groups_per_step, self.learner.updates_per_batch
+        if batch % updates:
+            raise ValueError(
+                f"pipeline.groups_per_step is {batch}; it must divide by learner.updates_per_batch ({updates}). "
+                f"Set it to {math.ceil(batch / updates) * updates}."
+            )
         if self.learner.zero_stage == 0 and self.model.dtype == "bfloat16":
             raise ValueError(
                 "learner.zero_stage is 0; there gradients of model.dtype bfloat16 would be added up in bfloat16. Set "
@@ -91,22 +95,6 @@ class RunConfig(Section):
                 f"{longest} tokens. Set it to at least {longest}."
             )
         return self
-
-    def check_batch_divides(self, ranks: int) -> None:
-        """Checks that each update can give each of so many learner ranks as many groups.
-
-        Raises:
-            ConfigError: it does not.
-        """
-        batch, updates = self.pipeline.groups_per_step, self.learner.updates_per_batch
-        if batch % (ranks * updates):
-            parts = [f"learner.updates_per_batch ({updates})"] * (updates > 1) + [f"the learner's {ranks} ranks"] * (
-                ranks > 1
-            )
-            raise ConfigError(
-                f"pipeline.groups_per_step is {batch}; it must divide by {' times '.join(parts)}. "
-                f"Set it to {math.ceil(batch / (ranks * updates)) * ranks * updates}."
-            )
 
     @property
     def max_model_tokens(self) -> int:

@@ -143,7 +143,7 @@ class RewardConfig(RoleConfig):
     timeout_s: float = Field(30.0, gt=0)
     """Deadline of one `score` call; what misses it counts as `timeout`, its reward is NaN."""
     max_error_rate: float = Field(0.1, ge=0, le=1)
-    """The run stops when a larger share of the last 256 scored completions ended in error or timeout."""
+    """The run stops when a larger share of training's last 256 completions ended in error or timeout."""
     overlong: OverlongConfig | None = None
     """Take a penalty off the reward of long completions before advantages; `reward/mean` stays the verifier's."""
 
@@ -252,7 +252,7 @@ class PipelineConfig(Section):
     steps: int = Field(100, ge=1)
     """Steps in all: a batch of groups trained on, then a publish."""
     groups_per_step: int = Field(16, ge=1)
-    """Groups that one step trains on (B), in `learner.updates_per_batch` updates."""
+    """Groups that one step trains on (B), in `learner.updates_per_batch` updates; any number of them for any number of ranks."""
     max_staleness: int = Field(1, ge=0)
     """Weight versions that a trained token may be behind the learner (η); 0 is on-policy and synchronous."""
     late_policy: LatePolicyConfig = LatePolicyConfig()

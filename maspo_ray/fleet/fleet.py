@@ -6,8 +6,6 @@ through `learner`.
 """
 
 import asyncio
-import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from maspo_ray.config import RewardConfig, RunConfig
 from maspo_ray.fleet.actor_logs import ACTOR_LOGS
 from maspo_ray.fleet.calls import await_all, await_named
+from maspo_ray.fleet.environment import actor_environment, import_path
 from maspo_ray.fleet.learner_group import LearnerDeadlines, LearnerGroup
 from maspo_ray.fleet.placement import Plan, Slot
 from maspo_ray.fleet.ray_session import object_store_used_bytes
@@ -30,13 +29,6 @@ _SHUTDOWN_S = 5.0
 _MORE_CALLS = 4096
 """Calls that an async actor holds at once besides one for each group under way, so that a weight update never waits behind these; what
 it works on at once is its engine's affair."""
-CPU_ALLOCATOR = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "100000000000",
-    "MALLOC_TOP_PAD_": "268435456",
-}
-"""Without these glibc returns large blocks to the system after each step and faults them in again: 10-25 % of a CPU step, and a third
-of the time in which an engine loads weights."""
 _GRACE_S = 10.0
 
 
@@ -192,23 +184,3 @@ class Fleet:
         for handles in self._actors.values():
             for handle in handles:
                 ray.kill(handle)
-
-
-def import_path() -> str:
-    """Returns the PYTHONPATH of what this process starts: where it finds the user's modules they must find them too."""
-    return os.pathsep.join(dict.fromkeys([os.getcwd(), *filter(None, sys.path)]))
-
-
-def actor_environment(slot: Slot, threads: int) -> dict[str, str]:
-    """Returns the environment that an actor's process starts with; what must be set before an engine is imported."""
-    environment = {
-        "OMP_NUM_THREADS": str(threads),
-        "PYTHONPATH": import_path(),
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
-    }
-    if slot.gpus == 0:
-        # Ray 2.60 leaves all GPUs of the node visible to an actor that asked for none.
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    if slot.role != "reward" and slot.gpus == 0:
-        environment |= CPU_ALLOCATOR
-    return environment

@@ -17,7 +17,7 @@ from maspo_ray.groups.overlong import is_cut_off, overlong_penalty, trained_adva
 from maspo_ray.rollouts.pool import RolloutPool
 from maspo_ray.rollouts.references import ReferencePool
 from maspo_ray.rollouts.seeds import sampling_seeds
-from maspo_ray.run_dir.metrics import StepMetrics
+from maspo_ray.run_dir.metrics import STEP_COLUMNS, StepMetrics
 
 
 class Producer:
@@ -37,13 +37,13 @@ class Producer:
         self._intake = intake
         self._sampling = Sampling(config.rollout.temperature, config.rollout.max_new_tokens)
         self._admission = asyncio.Event()
-        self._metrics = StepMetrics()
+        self._metrics = StepMetrics(STEP_COLUMNS)
         self._dropped_in_a_row = 0
         self.arrived = asyncio.Event()
 
     def take_metrics(self) -> StepMetrics:
         """Returns what was measured of the groups that ended since this was last asked."""
-        taken, self._metrics = self._metrics, StepMetrics()
+        taken, self._metrics = self._metrics, StepMetrics(STEP_COLUMNS)
         return taken
 
     def wake(self) -> None:

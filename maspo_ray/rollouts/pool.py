@@ -17,7 +17,7 @@ from maspo_ray.experience import Prompt, Rollout, Sampling
 from maspo_ray.fleet.calls import await_all, await_named, failures_named
 from maspo_ray.hosts.engine_table import EngineTable
 from maspo_ray.hosts.messages import Beat, Ended, Expired, Priority, SampleRequest
-from maspo_ray.rollouts.error_watch import ErrorWatch
+from maspo_ray.rollouts.error_watch import ErrorWatch, Purpose
 from maspo_ray.run_dir.timeline import Timeline
 
 _SHOWN = 4
@@ -135,8 +135,9 @@ class RolloutPool:
         if isinstance(said, Expired):
             return None
         self._note_scoring(said)
+        purpose: Purpose = "training" if priority is Priority.TRAINING else "evaluation"
         for verdict in said.verdicts:
-            self._errors.add(verdict)
+            self._errors.add(verdict, purpose)
         return Sampled(payload, replica, said)
 
     def _take(self, work: int, replica: int | None) -> int:

@@ -50,6 +50,7 @@ class RunHistory:
         groups: dict[str, int],
         seconds: dict[str, dict[str, float]],
         errors: int,
+        evaluation_errors: int,
         interrupted: bool,
         saved: tuple[str, ...],
     ) -> RunSummary:
@@ -77,6 +78,7 @@ class RunHistory:
             parity_max=self._parity_max,
             wall_s=monotonic() - self._started,
             errors=errors,
+            evaluation_errors=evaluation_errors,
             interrupted=interrupted,
             saved=saved,
         )

@@ -100,11 +100,11 @@ class Journal:
         """Closes the files; `summarise` can follow."""
         self.files.close()
 
-    def summarise(self, *, groups: dict[str, int], errors: int, interrupted: bool) -> RunSummary:
+    def summarise(self, *, groups: dict[str, int], errors: int, evaluation_errors: int, interrupted: bool) -> RunSummary:
         """Returns and writes what the run has come to.
 
         Args:
-            errors: completions that could not be scored.
+            errors: completions of training that could not be scored; evaluation_errors, of evaluations.
         """
         if self._draws_curves:
             draw_curves(self.files.path)
@@ -112,6 +112,7 @@ class Journal:
             groups=groups,
             seconds=self.timeline.totals(),
             errors=errors,
+            evaluation_errors=evaluation_errors,
             interrupted=interrupted,
             saved=self.files.saved(),
         )

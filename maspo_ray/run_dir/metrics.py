@@ -18,14 +18,10 @@ STEP_COLUMNS: Mapping[str, Reduction] = {
     "completion/tokens_mean": "mean",
     "completion/cut_off_share": "mean",
     "completion/left_out_share": "mean",
-    "groups/filtered": "sum",
-    "groups/failed": "sum",
     "groups/cancelled": "sum",
     "staleness/mean": "mean",
     "staleness/max": "max",
     "staleness/over_bound_share": "mean",
-    "parity/max": "max",
-    "parity/mean": "mean",
 }
 """What groups, rollouts and checks add to a step. A step in which a thing did not happen has the column nevertheless: a sum of nothing
 is 0, any other reduction of nothing is NaN."""

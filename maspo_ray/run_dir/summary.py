@@ -22,7 +22,7 @@ class RunSummary:
         groups: submitted, trained, filtered, stale, failed.
         seconds: role → what it was asked for → seconds; what ran at once counts each.
         parity_max: largest |Δ log-prob| between learner and rollout engine.
-        errors: completions that could not be scored.
+        errors: completions of training that could not be scored; evaluation_errors, of evaluations.
         interrupted: whether the run ended before its last step.
         saved: paths relative to the run's folder.
     """
@@ -46,6 +46,7 @@ class RunSummary:
     parity_max: float
     wall_s: float
     errors: int
+    evaluation_errors: int
     interrupted: bool
     saved: tuple[str, ...]
 
@@ -78,8 +79,9 @@ def summary_text(summary: RunSummary) -> str:
         ("tokens", _tokens_text(summary)),
         ("parity", f"largest |Δ log-prob| learner to rollout engine: {_number(summary.parity_max, '.2g')}"),
     ]
-    if summary.errors:
-        rows.append(("not scored", f"{summary.errors:,} completions (errors and timeouts of the reward; left out)"))
+    if summary.errors or summary.evaluation_errors:
+        counts = f"{summary.errors:,} completions of training, {summary.evaluation_errors:,} of evaluations"
+        rows.append(("not scored", f"{counts} (errors and timeouts of the reward; left out)"))
     rows.append(("saved", ", ".join(summary.saved) or "nothing"))
     width = max(len(name) for name, _ in rows)
     first = f"Run {ending} {summary.steps:,} steps in {duration_text(summary.wall_s)}, in {summary.run_dir}"

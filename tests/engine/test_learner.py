@@ -258,6 +258,34 @@ def test_learner_updates_equal_plain_pytorch_for_any_cut(
         assert np.abs(_probe_logprobs(adapted) - expected).max() < 1e-5
 
 
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_learner_ranks_share_any_number_of_groups_and_one_may_have_none(
+    tiny_model: str, own_ray: None, zero_stage: Any
+) -> None:
+    batches = [_batch(seed, groups) for seed, groups in enumerate((1, 3))]
+    expected, known = _expected(tiny_model, [rows for _, rows in batches], 1, False, {})
+    actors = _start(tiny_model, 2, zero_stage, 4096)
+    bundles, found = [], []
+    try:
+        for experiences, _ in batches:
+            plans = pack(experiences, 2, 4096, True)
+            bundles.append([[len(places) for places in plan.micro_batches] for (plan,), _ in plans])
+            calls = [a.train_step.remote(0, own, *payloads) for a, (own, payloads) in zip(actors, plans, strict=True)]
+            reports = [report for [report] in ray.get(calls)]
+            assert all(report.applied for report in reports)
+            found.append(reports[0].metrics)
+        [scored] = ray.get([actor.completion_logprobs.remote([(PROBE[:1], PROBE[1:])]) for actor in actors])[0]
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+    # Three groups that fit one micro-batch: two for one rank, one for the other.
+    assert bundles[0] == [[1], [0]]
+    assert sorted(bundles[1]) == [[1], [2]]
+    assert [m["loss"] for m in found] == pytest.approx(known["loss"], rel=1e-5, abs=1e-6)
+    assert [m["learner/grad_norm"] for m in found] == pytest.approx(known["learner/grad_norm"], rel=1e-5)
+    assert np.abs(scored - expected).max() < 1e-5
+
+
 def _broken(experience: Experience, fault: str) -> Experience:
     """Returns the experience with a NaN in its second completion."""
     group, nan = experience.group, float("nan")

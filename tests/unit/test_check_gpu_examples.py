@@ -12,8 +12,6 @@ import yaml
 from actors.vllm_rollout import engine_arguments
 from maspo_ray.cli import main
 from maspo_ray.config import ModelConfig, RolloutConfig, RunConfig, load_config
-from maspo_ray.fleet.fleet import actor_environment
-from maspo_ray.fleet.placement import Slot
 from maspo_ray.weight_sync import backend_for
 
 GPU = Path(__file__).parents[2] / "examples" / "gpu"
@@ -97,12 +95,3 @@ def test_gpu_example_runs_engines_and_weight_transfer_on_gpus(name: str) -> None
 def test_tensor_parallel_engine_does_not_ask_ray_for_gpus_of_its_own(gpus: int, executor: str | None) -> None:
     arguments = engine_arguments(ModelConfig(path="org/model"), RolloutConfig(gpus=gpus), 32, seed=0)
     assert arguments.get("distributed_executor_backend") == executor
-
-
-def test_actor_environment_hides_gpus_from_an_actor_without_one() -> None:
-    def environment(gpus: float) -> dict[str, str]:
-        return actor_environment(Slot("reference", 0, "node-0", gpus, 1.0), threads=1)
-
-    assert environment(0)["CUDA_VISIBLE_DEVICES"] == ""
-    # Ray sets it for those that have one.
-    assert "CUDA_VISIBLE_DEVICES" not in environment(0.5)

@@ -175,22 +175,20 @@ def test_micro_batch_that_holds_just_one_longest_sequence_is_enough(tmp_path: Pa
     assert _load(tmp_path, {"learner.max_tokens_per_micro_batch": 16}).max_model_tokens == 16
 
 
-@given(batch=st.integers(1, 64), ranks=st.integers(1, 9))
-def test_batch_and_ranks_fit_exactly_if_they_divide(batch: int, ranks: int) -> None:
-    tree = _merged(TREE, {"pipeline.groups_per_step": batch, "learner.replicas": ranks})
-    if batch % ranks == 0:
+@given(batch=st.integers(1, 64), updates=st.integers(1, 9), ranks=st.integers(1, 9))
+def test_batch_and_updates_fit_exactly_if_they_divide_whatever_the_ranks(batch: int, updates: int, ranks: int) -> None:
+    tree = _merged(
+        TREE,
+        {"pipeline.groups_per_step": batch, "learner.updates_per_batch": updates, "learner.replicas": ranks},
+    )
+    if batch % updates == 0:
         assert RunConfig.model_validate(tree).pipeline.groups_per_step == batch
         return
     with pytest.raises(ValidationError) as caught:
         RunConfig.model_validate(tree)
     proposed = int(str(caught.value).split("Set it to ")[1].split(".")[0])
     # The remedy is the next batch that divides.
-    assert proposed % ranks == 0 and batch < proposed < batch + ranks
-
-
-def test_batch_with_ranks_per_node_is_left_to_the_plan(tmp_path: Path) -> None:
-    config = _load(tmp_path, {"learner.per_node": 3, "pipeline.groups_per_step": 16})
-    assert (config.learner.per_node, config.learner.replicas) == (3, None)
+    assert proposed % updates == 0 and batch < proposed < batch + updates
 
 
 # Faults: one line each; field, value, rule, remedy.
@@ -222,7 +220,7 @@ def test_batch_with_ranks_per_node_is_left_to_the_plan(tmp_path: Path) -> None:
         ({"rollout.group_size": 1}, "rollout.group_size is 1; the grpo advantage compares the completions of a group, so it needs at least 2. Set rollout.group_size to 2 or more."),
         ({"rollout.group_size": 1, "advantage.kind": "rloo"}, "rollout.group_size is 1; the rloo advantage"),
         ({"pipeline.max_staleness": -1}, "pipeline.max_staleness is -1; input should be greater than or equal to 0. Change pipeline.max_staleness."),
-        ({"learner.replicas": 3}, "pipeline.groups_per_step is 16; it must divide by the learner's 3 ranks. Set it to 18."),
+        ({"learner.updates_per_batch": 3}, "pipeline.groups_per_step is 16; it must divide by learner.updates_per_batch (3). Set it to 18."),
         ({"rollout.replicas": 2, "rollout.per_node": 1}, "rollout.replicas is 2 and per_node is 1; only one of them counts. Remove one."),
         ({"rollout.replicas": 0}, "rollout.replicas is 0; input should be greater than or equal to 1."),
         ({"rollout.gpus": 1.5}, "rollout.gpus is 1.5; above 1 a number of GPUs must be whole. Set a whole number or a fraction below 1."),

@@ -34,6 +34,7 @@ SUMMARY = RunSummary(
     parity_max=0.00012,
     wall_s=750.0,
     errors=0,
+    evaluation_errors=0,
     interrupted=False,
     saved=("final", "curves.png"),
 )
@@ -164,6 +165,7 @@ def test_summary_text_of_an_interrupted_run_says_so_and_invents_no_number() -> N
         parity_max=math.nan,
         learner_wait_share=math.nan,
         errors=3,
+        evaluation_errors=2,
         interrupted=True,
         saved=(),
     )
@@ -174,7 +176,10 @@ def test_summary_text_of_an_interrupted_run_says_so_and_invents_no_number() -> N
     assert "mean not measured, max not measured versions" in text
     assert "learner not measured of the time" in text
     assert "rollout engine: not measured" in text
-    assert "not scored          3 completions" in text
+    assert (
+        "not scored          3 completions of training, 2 of evaluations (errors and timeouts of the reward; left out)"
+        in text
+    )
     assert text.endswith("saved               nothing")
     assert "nan" not in text
 

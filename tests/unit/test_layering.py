@@ -27,6 +27,7 @@ FLOORS: dict[str, list[str]] = {
     "maspo_ray.objectives": ["tensor_ops", "base", "maspo", "peers", "metrics", "breakdown", ""],
     "maspo_ray.data": ["", "sources", "samplers", "prompts"],
     "maspo_ray.preflight": [],
+    "maspo_ray.dtype_speed": [],
     "maspo_ray.groups": ["", "staleness", "ledger", "buffer", "late_policy", "intake", "overlong"],
     "maspo_ray.run_dir": [
         "",
@@ -43,7 +44,7 @@ FLOORS: dict[str, list[str]] = {
         "history",
     ],
     "maspo_ray.hosts": ["", "reward_host"],
-    "maspo_ray.fleet": ["", "ray_session", "loading", "placement", "reservation", "calls", "fleet"],
+    "maspo_ray.fleet": ["", "ray_session", "loading", "placement", "reservation", "environment", "calls", "fleet"],
     "maspo_ray.rollouts": ["", "seeds", "idle", "error_watch", "pool"],
     "maspo_ray.evaluation": ["", "evaluator", "parity"],
     "maspo_ray.replay": ["", "model_difference", "plan", "replay"],

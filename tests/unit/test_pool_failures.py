@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from maspo_ray.config import EvalConfig, RolloutConfig
 from maspo_ray.errors import RunError
-from maspo_ray.experience import Completion, CompletionFacts, Rollout, Verdict, VersionSpan
+from maspo_ray.evaluation.evaluator import EvalResult, Evaluator
+from maspo_ray.experience import Completion, CompletionFacts, Outcome, Rollout, Verdict, VersionSpan
 from maspo_ray.rollouts.error_watch import ErrorWatch
 from maspo_ray.rollouts.pool import RolloutPool
 from maspo_ray.run_dir.timeline import Timeline
@@ -23,14 +25,18 @@ async def _object(value: Any) -> Any:
     return value
 
 
-def _pool(stream: Callable[[], AsyncIterator[Awaitable[Any]]], score: Callable[[], Awaitable[Any]]) -> RolloutPool:
+def _pool(
+    stream: Callable[[], AsyncIterator[Awaitable[Any]]],
+    score: Callable[[], Awaitable[Any]],
+    errors: ErrorWatch | None = None,
+) -> RolloutPool:
     """Returns a pool of one engine, which streams so, and of one reward, which answers so."""
     generate = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda *_, **__: stream()))
     scoring = SimpleNamespace(remote=lambda *_: SimpleNamespace(future=lambda: asyncio.ensure_future(score())))
     return RolloutPool(
         [SimpleNamespace(generate=generate)],
         [SimpleNamespace(score=scoring)],
-        ErrorWatch(0.1),
+        errors or ErrorWatch(0.1),
         Timeline(lambda _: None),
     )
 
@@ -111,3 +117,22 @@ def test_sample_that_is_cancelled_cancels_what_is_being_scored_and_leaves_the_en
         assert [track.num_lanes - len(track.free_lanes) for track in tracks] == [0, 0]
 
     asyncio.run(run())
+
+
+def test_sample_counts_a_reward_that_fails_under_what_the_sample_is_for() -> None:
+    async def stream() -> AsyncIterator[Awaitable[Any]]:
+        for value in ([ONE], [CompletionFacts.of(ONE)]):
+            yield asyncio.ensure_future(_object(value))
+
+    errors = ErrorWatch(0.1)
+    pool = _pool(stream, lambda: _object([Verdict.unscored(Outcome.TIMEOUT, "no answer")]), errors)
+
+    evaluator = Evaluator(pool, [], EvalConfig(samples=1), RolloutConfig(), seed=0)
+    evaluator._prompts = [(None, 4)] * 2
+
+    async def run() -> EvalResult:
+        await pool.sample(None, 4, temperature=1.0, max_new_tokens=8, seeds=[1])
+        return await evaluator.evaluate()
+
+    assert asyncio.run(run()).unscored == 2
+    assert (errors.errors, errors.evaluation_errors) == (1, 2)

@@ -19,7 +19,6 @@ from maspo_ray.preflight import (
     check_model,
     check_object_store,
     check_run_dir,
-    has_fast_bfloat16,
     is_hub_id,
     preflight,
 )
@@ -295,20 +294,6 @@ def test_run_dir_below_a_file_is_refused(tmp_path: Path) -> None:
     config = _config(tmp_path, run_dir=str(tmp_path / "rows.jsonl" / "run"))
     with pytest.raises(ConfigError, match=f"^run_dir is {config.run_dir}; {tmp_path / 'rows.jsonl'} is a file. Give"):
         check_run_dir(config, resume=False)
-
-
-@pytest.mark.parametrize(
-    ("cpuinfo", "fast"),
-    [
-        ("model name : x\nflags\t\t: fpu avx avx2\n", False),
-        ("flags\t\t: fpu avx2 avx512f avx512_bf16\n", True),
-        ("Features\t: fp asimd bf16\n", True),
-    ],
-)
-def test_bfloat16_is_slow_on_x86_without_avx512_only(tmp_path: Path, cpuinfo: str, fast: bool) -> None:
-    (tmp_path / "cpuinfo").write_text(cpuinfo)
-    assert has_fast_bfloat16(tmp_path / "cpuinfo") is fast
-    assert has_fast_bfloat16(tmp_path / "no_such_file")
 
 
 def test_resume_names_the_newest_saved_model(tmp_path: Path) -> None:

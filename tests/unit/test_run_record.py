@@ -33,7 +33,14 @@ def _row(reward: float = 0.5, **metrics: float) -> dict[str, float]:
 
 
 def _summary(record: RunHistory, **facts: Any) -> RunSummary:
-    given = {"groups": {"submitted": 0}, "seconds": {}, "errors": 0, "interrupted": False, "saved": ()}
+    given = {
+        "groups": {"submitted": 0},
+        "seconds": {},
+        "errors": 0,
+        "evaluation_errors": 0,
+        "interrupted": False,
+        "saved": (),
+    }
     return record.summary(**(given | facts))
 
 
@@ -56,9 +63,10 @@ def test_summary_before_the_first_step_measures_nothing() -> None:
 def test_summary_carries_the_configs_and_the_callers_facts() -> None:
     record = _record(run_dir="runs/x", eval={"name": "sums"}, pipeline={"max_staleness": 3})
     groups = {"submitted": 5, "trained": 4, "failed": 1}
-    summary = _summary(record, groups=groups, errors=7, saved=("final",))
+    summary = _summary(record, groups=groups, errors=7, evaluation_errors=2, saved=("final",))
     assert (summary.run_dir, summary.eval_set, summary.max_staleness) == (str(Path("runs/x")), "sums", 3)
-    assert (summary.groups, summary.errors, summary.saved, summary.interrupted) == (groups, 7, ("final",), False)
+    assert (summary.groups, summary.saved, summary.interrupted) == (groups, ("final",), False)
+    assert (summary.errors, summary.evaluation_errors) == (7, 2)
     assert summary.wall_s >= 0
 
 
