@@ -100,7 +100,9 @@ class Journal:
         """Closes the files; `summarise` can follow."""
         self.files.close()
 
-    def summarise(self, *, groups: dict[str, int], errors: int, evaluation_errors: int, interrupted: bool) -> RunSummary:
+    def summarise(
+        self, *, groups: dict[str, int], errors: int, evaluation_errors: int, interrupted: bool
+    ) -> RunSummary:
         """Returns and writes what the run has come to.
 
         Args:

@@ -111,7 +111,7 @@ def test_group_cut_off_completions_are_left_out_after_they_counted_in_the_baseli
     assert group.experience.advantages == (0.75, -0.25, None, None)
     metrics = group.metrics
     assert metrics["completion/left_out_share"] == 0.5
-    assert "reward/overlong_penalty" not in metrics
+    assert math.isnan(metrics["reward/overlong_penalty"])
 
 
 @pytest.mark.parametrize(
