@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from maspo_ray.config import KLConfig, LearnerConfig, ModelConfig, ObjectiveConfig, UpdateOrder
+from maspo_ray.config import KLConfig, LearnerConfig, ModelConfig, ObjectiveConfig
 from maspo_ray.errors import ConfigError
 from maspo_ray.experience import PublishReport, UpdateReport
 from maspo_ray.packing import Bundle, RankPlan
@@ -222,21 +222,22 @@ class DeepSpeedLearner:
 
     def connect(
         self,
-        rollout_handles: Sequence[Any],
+        replicas: tuple[int, ...],
+        engines: Sequence[Any],
         workers_per_engine: int,
-        update: UpdateOrder,
         backend: Backend,
         timeout_s: float,
     ) -> None:
         from actors.weight_source import EngineWeightSource
-        from maspo_ray.weight_sync.publisher import WeightPublisher, clients_of
+        from maspo_ray.weight_sync.publisher import WeightPublisher
 
-        source = EngineWeightSource(self._weights)
-        clients = clients_of(rollout_handles, workers_per_engine, update, timeout_s)
-        self._publisher = WeightPublisher(source, clients, backend, self._rank, self._address, timeout_s)
+        if self._publisher is None:
+            source = EngineWeightSource(self._weights)
+            self._publisher = WeightPublisher(source, backend, self._rank, self._address, timeout_s)
+        self._publisher.connect(replicas, engines, workers_per_engine)
 
-    def publish(self, version: int) -> PublishReport:
-        report: PublishReport = self._publisher.publish(version)
+    def publish(self, version: int, replicas: tuple[int, ...]) -> PublishReport:
+        report: PublishReport = self._publisher.publish(version, replicas)
         return report
 
     def save(self, folder: str) -> None:

@@ -233,15 +233,13 @@ class SimulatedFleet:
         on_publish: is told each version.
     """
 
-    shares_prompts = True
-
     def __init__(self, loop: VirtualLoop, engines: int, rewards: int, ranks: int, behaviour: Behaviour) -> None:
         self.loop = loop
         self.behaviour = behaviour
         self.version = 0
         self.on_train: Callable[[Sequence[Any], Sequence[bool]], None] = lambda arguments, applied: None
         self.on_publish: Callable[[int], None] = lambda version: None
-        self._random = random.Random(behaviour.seed)
+        self.random = random.Random(behaviour.seed)
         self._completion_s = _lognormal(behaviour.median_s, behaviour.sigma, behaviour.seed)
         self._score_s = _lognormal(behaviour.score_s, behaviour.sigma, behaviour.seed + 1)
         score = SimpleNamespace(remote=lambda _, payload: Call(loop.answer(next(self._score_s), [payload.verdict])))
@@ -249,8 +247,8 @@ class SimulatedFleet:
             "rollout": [self._engine() for _ in range(engines)],
             "reward": [SimpleNamespace(score=score) for _ in range(rewards)],
             "reference": [],
-            "learner": list(range(ranks)),
         }
+        self.learner = SimulatedLearner(self, ranks)
 
     def _engine(self) -> SimpleNamespace:
         running: set[_Stream] = set()
@@ -270,6 +268,9 @@ class SimulatedFleet:
 
     def of_role(self, role: str) -> list[Any]:
         return self._actors[role]
+
+    def count(self, role: str) -> int:
+        return len(self._actors[role])
 
     @staticmethod
     def put(value: Any) -> Ref:
@@ -298,7 +299,7 @@ class SimulatedFleet:
         return _Stream(self, running, version, ending)
 
     def _verdicts(self, count: int) -> list[Verdict]:
-        drawn, behaviour = self._random.random, self.behaviour
+        drawn, behaviour = self.random.random, self.behaviour
         if drawn() < behaviour.unscorable_share:
             return [_UNSCORED] * count
         if drawn() < behaviour.filtered_share:
@@ -308,22 +309,31 @@ class SimulatedFleet:
             verdicts[int(drawn() * count)] = _UNSCORED
         return verdicts
 
-    async def learners(self, method: str, *arguments: Any) -> Any:
-        if method == "publish":
-            await asyncio.sleep(self.behaviour.publish_s)
-            self.version = arguments[0]
-            self.on_publish(self.version)
-            pauses = ((0.0, self.behaviour.publish_s),) * len(self.of_role("rollout"))
-            return PublishReport(self.behaviour.publish_s, pauses)
-        assert method == "completion_logprobs", f"the pipeline called learners({method!r})"
-        return [np.zeros(len(completion), np.float32) for _, completion in arguments[0]]
 
-    async def learners_each(self, method: str, arguments: Sequence[Sequence[Any]]) -> list[UpdateReport]:
-        assert method == "train_step", f"the pipeline called learners_each({method!r})"
-        await asyncio.sleep(self.behaviour.train_s)
-        updates = list(zip(*(plans for _, plans, *_ in arguments), strict=True))
-        applied = [self._random.random() >= self.behaviour.skipped_share for _ in updates]
-        self.on_train(arguments, applied)
+class SimulatedLearner:
+    """Has what the pipeline asks of a `LearnerGroup`."""
+
+    shares_prompts = True
+
+    def __init__(self, fleet: SimulatedFleet, ranks: int) -> None:
+        self.data_ranks = ranks
+        self._fleet = fleet
+
+    async def publish(self, version: int, replicas: tuple[int, ...]) -> PublishReport:
+        publish_s = self._fleet.behaviour.publish_s
+        await asyncio.sleep(publish_s)
+        self._fleet.version = version
+        self._fleet.on_publish(version)
+        return PublishReport(publish_s, ((0.0, publish_s),) * len(replicas))
+
+    async def logprobs(self, pairs: Sequence[Any]) -> list[Any]:
+        return [np.zeros(len(completion), np.float32) for _, completion in pairs]
+
+    async def train(self, version: int, shares: Sequence[Any]) -> list[UpdateReport]:
+        await asyncio.sleep(self._fleet.behaviour.train_s)
+        updates = list(zip(*(plans for plans, _ in shares), strict=True))
+        applied = [self._fleet.random.random() >= self._fleet.behaviour.skipped_share for _ in updates]
+        self._fleet.on_train([(version, plans, *payloads) for plans, payloads in shares], applied)
         return [
             UpdateReport({"tokens/trained": float(plans[0].batch_tokens)}, done, ())
             for plans, done in zip(updates, applied, strict=True)

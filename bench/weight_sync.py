@@ -46,8 +46,8 @@ from maspo_ray.weight_sync.gloo_engine import (
     GlooWorkerExtension,
     fill_bucket,
     join_group,
+    run_both,
     start_broadcast,
-    together,
 )
 from maspo_ray.weight_sync.publisher import RolloutClient
 
@@ -151,7 +151,7 @@ class ProbedSender(GlooTrainerWeightTransferEngine):
             self.client.update_weights(info)
 
         self.client.start_weight_update()
-        together(take_up, lambda: self._stream(meta))
+        run_both(take_up, lambda: self._stream(meta))
         self.client.finish_weight_update()
 
     def _stream(self, meta: list[ParamMeta]) -> None:
@@ -242,7 +242,7 @@ def measure(model_path: str, dtype: Any, repeats: int) -> dict[str, Any]:
     engine = start_engine(model_path, dtype)
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, dtype))
     meta = ModuleSource(model).metadata()
-    client = ProbedClient([engine], 1, TIMEOUT_S)
+    client = ProbedClient([0], [engine], 1, TIMEOUT_S)
 
     sender = ProbedSender.trainer_init(
         GlooTrainerInitInfo(

@@ -109,7 +109,7 @@ class _Session:
         await self._pipeline.run()
         if config.checkpoint.save_final:
             with self._timeline.span("learner", "save"):
-                await self._fleet.learners("save", str(self._folder.final.resolve()))
+                await self._fleet.learner.save(self._folder.final)
 
     def _prompts(self) -> tuple[list[Prompt], list[Prompt]]:
         # Imported here: transformers takes seconds, during which the actors start.

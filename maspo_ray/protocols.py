@@ -11,7 +11,6 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from maspo_ray.config import UpdateOrder
 from maspo_ray.experience import (
     Completion,
     CompletionFacts,
@@ -179,17 +178,22 @@ class LearnerActor(Protocol):
 
     def connect(
         self,
-        rollout_handles: Sequence[Any],
+        replicas: tuple[int, ...],
+        engines: Sequence[Any],
         workers_per_engine: int,
-        update: UpdateOrder,
         backend: Backend,
         timeout_s: float,
     ) -> None:
-        """Opens the weight-transfer groups to the rollout actors; each has so many vLLM workers."""
+        """Opens a weight-transfer group to rollout actors, in place of those that any of them was in.
+
+        Args:
+            engines: handles of the actors, in the order of `replicas`; each has `workers_per_engine` vLLM workers.
+            timeout_s: for each call to an engine. One that misses it is named (`errors.ActorLate`).
+        """
         ...
 
-    def publish(self, version: int) -> PublishReport:
-        """Sends the weights to every rollout actor as `version`."""
+    def publish(self, version: int, replicas: tuple[int, ...]) -> PublishReport:
+        """Sends the weights as `version` to the actors of one connected group; the report has their pauses in its order."""
         ...
 
     def save(self, folder: str) -> None:

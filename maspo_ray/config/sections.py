@@ -308,6 +308,8 @@ class CheckpointConfig(Section):
     """Steps between Hugging Face models saved under RUN_DIR/checkpoints, each with the learner's state, from which `maspo replay` goes
     on: weights and two moments of each in float32, three to four times a float32 model beside the model. 0 saves the final model only."""
     save_final: bool = True
+    timeout_s: float = Field(3600.0, gt=0)
+    """Deadline of saving a model, and of saving or loading the learner's state; each by itself."""
 
 
 class LoggingConfig(Section):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from maspo_ray.config import ParityStatistic, RolloutConfig
 from maspo_ray.errors import RunError
 from maspo_ray.experience import Completion, Prompt
-from maspo_ray.fleet.calls import named
+from maspo_ray.fleet.calls import await_named
 from maspo_ray.fleet.fleet import Fleet
 
 _PARITY_TOKENS = 64
@@ -67,7 +67,7 @@ class ParityCheck:
             )
         )
         pairs = [(prompt.token_ids, completion.token_ids) for prompt, completion in sampled]
-        learner = await self._fleet.learners("completion_logprobs", pairs)
+        learner = await self._fleet.learner.logprobs(pairs)
         behaviour = [completion.logprobs for _, completion in sampled]
         size = len(self._prompts)
         parities = [
@@ -91,7 +91,7 @@ class ParityCheck:
             prompt, temperature=self._temperature, max_new_tokens=self._max_new_tokens, seeds=[0]
         )
         async for ended in stream:
-            completions: list[Completion] = await named(f"{name} failed to generate", ended)
+            completions: list[Completion] = await await_named(name, "generating", ended)
             return prompt, completions[0]
         raise RunError(f"{name} generated nothing")
 

@@ -11,8 +11,9 @@ from maspo_ray.config import RunConfig
 from maspo_ray.data.prompts import PromptStream
 from maspo_ray.evaluation.evaluator import Evaluator
 from maspo_ray.evaluation.parity import Parity, ParityCheck
-from maspo_ray.experience import Experience, PublishReport, UpdateReport
+from maspo_ray.experience import Experience
 from maspo_ray.fleet.fleet import Fleet
+from maspo_ray.fleet.transfer_sets import transfer_sets
 from maspo_ray.groups.intake import Intake
 from maspo_ray.packing import pack
 from maspo_ray.pipeline.garbage import collecting_rarely
@@ -140,15 +141,13 @@ class Pipeline:
             metrics.add("staleness/max", lag, reduction="max")
             metrics.add("staleness/over_bound_share", float(lag > self._config.pipeline.max_staleness))
         learner = self._config.learner
-        ranks = len(self._fleet.of_role("learner"))
+        ranks = self._fleet.learner.data_ranks
         updates = learner.updates_per_batch
-        plans = pack(batch, ranks, learner.max_tokens_per_micro_batch, self._fleet.shares_prompts, updates)
+        plans = pack(batch, ranks, learner.max_tokens_per_micro_batch, self._fleet.learner.shares_prompts, updates)
         if self._recorder is not None:
             await self._recorder.submit(step, step - 1, batch, plans)
         with self._timeline.span("learner", "train", step=step):
-            reports: list[UpdateReport] = await self._fleet.learners_each(
-                "train_step", [(step - 1, own, *payloads) for own, payloads in plans]
-            )
+            reports = await self._fleet.learner.train(step - 1, plans)
         learned = combine_updates([report.metrics for report in reports]) | await self._publish(step)
         self._intake.publish(step)
         self._producer.wake()
@@ -164,12 +163,15 @@ class Pipeline:
 
     async def _publish(self, version: int) -> dict[str, float]:
         with self._timeline.span("learner", "publish", version=version):
-            started = self._timeline.now()
-            report: PublishReport = await self._fleet.learners("publish", version)
-        for replica, (stopped, went_on) in enumerate(report.pauses):
-            self._timeline.add(f"rollout/{replica}", "paused", started + stopped, started + went_on)
-        stalls = [went_on - stopped for stopped, went_on in report.pauses]
-        return {"time/publish_s": report.seconds, "time/rollout_paused_s": sum(stalls) / len(stalls)}
+            seconds, stalls = 0.0, []
+            for replicas in transfer_sets(self._fleet.count("rollout"), self._config.rollout.update):
+                started = self._timeline.now()
+                report = await self._fleet.learner.publish(version, replicas)
+                seconds += report.seconds
+                for replica, (stopped, went_on) in zip(replicas, report.pauses, strict=True):
+                    self._timeline.add(f"rollout/{replica}", "paused", started + stopped, started + went_on)
+                    stalls.append(went_on - stopped)
+        return {"time/publish_s": seconds, "time/rollout_paused_s": sum(stalls) / len(stalls)}
 
     async def _check_parity(self, version: int) -> Parity:
         with self._timeline.span("learner", "parity", version=version):
@@ -202,6 +204,6 @@ class Pipeline:
         if every and step % every == 0:
             with self._timeline.span("learner", "save", step=step):
                 partial = begin_checkpoint(self._folder.checkpoint(step))
-                await self._fleet.learners("save", str(partial))
-                await self._fleet.learners("save_state", str(partial / STATE))
+                await self._fleet.learner.save(partial)
+                await self._fleet.learner.save_state(partial / STATE)
                 end_checkpoint(partial, self._folder.checkpoint(step))

@@ -12,7 +12,7 @@ from maspo_ray.config import RunConfig
 from maspo_ray.data.prompts import Draw, PromptStream
 from maspo_ray.errors import RunError
 from maspo_ray.experience import Experience, Group, Outcome
-from maspo_ray.fleet.calls import named
+from maspo_ray.fleet.calls import await_named
 from maspo_ray.fleet.fleet import Fleet
 from maspo_ray.groups.intake import Intake
 from maspo_ray.groups.ledger import GroupOutcome
@@ -112,7 +112,7 @@ class Producer:
         with self._timeline.span(f"reference/{replica}", "score"):
             call = actors[replica].completion_logprobs.options(num_returns=2)
             logprobs, num_tokens = call.remote(group.prompt, *group.payloads)
-            await named(f"reference/{replica} failed to score", num_tokens)
+            await await_named(f"reference/{replica}", "scoring", num_tokens)
         return logprobs
 
     def _drop(self, group: Group, outcome: GroupOutcome, cause: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from maspo_ray.experience import Experience
-from maspo_ray.fleet.calls import named, within
+from maspo_ray.fleet.calls import await_named, await_within
 from maspo_ray.fleet.fleet import Fleet
 from maspo_ray.run_dir.paths import RunPaths
 from maspo_ray.run_dir.step_record import Share, numbered, write_step
@@ -64,6 +64,6 @@ class StepRecorder:
         if self._writing is None:
             return
         (step, written), self._writing = self._writing, None
-        what = f"the record of step {step}"
-        late = f"{what} was not written within pipeline.step_timeout_s"
-        await within(self._timeout_s, late, named(f"{what} could not be written", written))
+        late = f"the record of step {step} was not written within pipeline.step_timeout_s"
+        call = await_named(StepWriter.__name__, f"writing the record of step {step}", written)
+        await await_within(self._timeout_s, late, call)

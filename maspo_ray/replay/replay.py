@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from maspo_ray.experience import UpdateReport
 from maspo_ray.fleet.fleet import Fleet
 from maspo_ray.fleet.loading import load_actor_class
 from maspo_ray.fleet.placement import RoleDemand
@@ -48,12 +47,12 @@ async def _replay(plan: ReplayPlan, fleet: Fleet, note: Callable[[str], None]) -
     try:
         await fleet.setup(lambda _: None)
         if plan.state is not None:
-            await fleet.learners("load_state", str(plan.state.resolve()))
+            await fleet.learner.load_state(plan.state)
         for step in range(plan.start + 1, plan.step + 1):
             note(_line(step, await _step(plan, fleet, step), plan.rows[step]))
         # Where learner ranks on other nodes see it too.
         with tempfile.TemporaryDirectory(prefix=".replay-", dir=plan.paths.path.resolve()) as folder:
-            await fleet.learners("save", folder)
+            await fleet.learner.save(Path(folder))
             return model_difference(Path(folder), plan.saved)
     finally:
         await fleet.shutdown()
@@ -62,9 +61,7 @@ async def _replay(plan: ReplayPlan, fleet: Fleet, note: Callable[[str], None]) -
 async def _step(plan: ReplayPlan, fleet: Fleet, step: int) -> dict[str, float]:
     """Makes a step as its record says; returns the learner's metrics."""
     record = read_step(plan.paths.step_record(step))
-    reports: list[UpdateReport] = await fleet.learners_each(
-        "train_step", [(record.version, plans, *payloads) for plans, payloads in record.shares]
-    )
+    reports = await fleet.learner.train(record.version, record.shares)
     return combine_updates([report.metrics for report in reports])
 
 

@@ -17,13 +17,13 @@ import numpy as np
 
 from maspo_ray.errors import RunError
 from maspo_ray.experience import CompletionFacts, Rollout, Verdict
-from maspo_ray.fleet.calls import named, naming
+from maspo_ray.fleet.calls import await_named, failures_named
 from maspo_ray.rollouts.error_watch import ErrorWatch
 from maspo_ray.rollouts.idle import IdleMeter
 from maspo_ray.run_dir.timeline import Timeline
 
 _log = logging.getLogger(__name__)
-_NAMING_REWARD = naming("the reward failed")
+_NAMING_REWARD = failures_named("reward", "scoring")
 _BY_SAMPLE = attrgetter("facts.sample")
 
 
@@ -61,7 +61,7 @@ class RolloutPool:
         try:
             self.idle.started(engine, monotonic())
             try:
-                with naming(failure), track.span("generate", samples=len(seeds)):
+                with failures_named(track.actor, "generating"), track.span("generate", samples=len(seeds)):
                     async for payload in stream:
                         try:
                             facts: list[CompletionFacts] = await (await anext(stream))
@@ -102,7 +102,7 @@ class RolloutPool:
     async def expire(self, oldest_version: int) -> None:
         """Lets every engine end what has tokens older than `oldest_version`; their `sample` returns None."""
         calls = [(track, actor.expire.remote(oldest_version)) for actor, track in self._rollout]
-        await asyncio.gather(*(named(f"{track.actor} failed to expire", call) for track, call in calls))
+        await asyncio.gather(*(await_named(track.actor, "expiring", call) for track, call in calls))
 
     def _score(self, prompt: Any, payload: Any) -> "asyncio.Future[list[Verdict]]":
         """Has a payload's completions scored, without a task to wait for each: a controller has very many of them."""

@@ -222,7 +222,7 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
                 bucket_bytes=init_info.bucket_bytes,
                 timeout_s=init_info.timeout_s,
             )
-            engine._group = together(
+            engine._group = run_both(
                 lambda: client.init_weight_transfer_engine(asdict(worker_info)),
                 lambda: join_group(
                     init_info.master_address, init_info.master_port, 0, init_info.world_size, init_info.timeout_s
@@ -251,7 +251,7 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
 
     def _transfer(self, info: GlooUpdateInfo, meta: list[ParamMeta]) -> None:
         try:
-            together(lambda: self.client.stage_weights(asdict(info)), lambda: self._broadcast(meta))
+            run_both(lambda: self.client.stage_weights(asdict(info)), lambda: self._broadcast(meta))
         except RuntimeError as error:
             # Gloo knows that a peer is gone, not which.
             if not isinstance(error, RunError):
@@ -302,7 +302,7 @@ def _next_weight(name: str, weights: Iterator[tuple[str, torch.Tensor]]) -> torc
     return weight
 
 
-def together(remote: Callable[[], Any], local: Callable[[], T]) -> T:
+def run_both(remote: Callable[[], Any], local: Callable[[], T]) -> T:
     """Returns what `local` does while `remote` runs on a thread; neither side of a collective may wait for the other.
 
     Where both fail it is `remote` that can say which actor is at fault.

@@ -1,24 +1,28 @@
-"""The learner's end of a weight update: publish version v to every rollout actor.
+"""The learner's end of a weight update: publish version v to a set of rollout actors.
 
-Promise: when `publish` returns, every engine samples from the new weights and stamps them with the version; when it cannot, it
-raises within its deadline and names the actor that did not answer. What carries the bytes is vLLM's transfer engine for the
-backend; nothing here knows which.
+Promise: when `publish` returns, every engine of the set samples from the new weights and stamps them with the version; when it cannot,
+it raises within its deadline and names the actor that did not answer. A set is connected by itself, and again when one of its actors
+was replaced. What carries the bytes is vLLM's transfer engine for the backend; nothing here knows which. Which actors make a set is
+decided elsewhere.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError
 from vllm.distributed.weight_transfer import TrainerWeightTransferEngine, WeightSource, WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.base import TrainerInitInfo
 
-from maspo_ray.config import UpdateOrder
-from maspo_ray.errors import RunError
+from maspo_ray.actor_failures import actor_error
+from maspo_ray.errors import ActorGone, ActorLate
 from maspo_ray.experience import PublishReport
-from maspo_ray.weight_sync import free_port
+from maspo_ray.weight_sync import Backend, free_port
+
+_CULPRIT_S = 2.0
+"""An engine's peers may fail of its death before Ray has told of it: so long it is waited for, so that it is the one named."""
 
 
 class RolloutClient:
@@ -29,7 +33,8 @@ class RolloutClient:
     `finish_weight_update()` does not pass on.
 
     Args:
-        first: the replica of the first handle.
+        replicas: the actors' numbers, in the order of their handles.
+        timeout_s: for each call.
 
     Attributes:
         version: what the next update is stamped with.
@@ -37,22 +42,14 @@ class RolloutClient:
     """
 
     def __init__(
-        self,
-        handles: Sequence[Any],
-        workers_per_engine: int,
-        timeout_s: float,
-        first: int = 0,
+        self, replicas: Sequence[int], handles: Sequence[Any], workers_per_engine: int, timeout_s: float
     ) -> None:
+        self._names = [f"rollout/{replica}" for replica in replicas]
         self._handles = list(handles)
         self._workers_per_engine = workers_per_engine
         self._timeout_s = timeout_s
-        self._first = first
         self.version = 0
         self.paused = (0.0, 0.0)
-
-    @property
-    def num_engines(self) -> int:
-        return len(self._handles)
 
     @property
     def num_workers(self) -> int:
@@ -90,25 +87,32 @@ class RolloutClient:
         """Asks every engine for a sign of life.
 
         Raises:
-            RunError: one does not give it, and is named.
+            ActorError: one does not give it, and is named.
         """
         self._wait([handle.check.remote() for handle in self._handles], "receiving weights")
 
     def _wait(self, calls: list[Any], doing: str) -> None:
-        done, late = ray.wait(calls, num_returns=len(calls), timeout=self._timeout_s)
-        names = {call: f"rollout/{i}" for i, call in enumerate(calls, self._first)}
+        try:
+            # Raises as soon as one fails: the others may hang because of it.
+            ray.get(calls, timeout=self._timeout_s)
+            return
+        except RayError:
+            done, late = ray.wait(calls, num_returns=len(calls), timeout=_CULPRIT_S)
+        names = dict(zip(calls, self._names, strict=True))
+        failed = []
         for call in done:
             try:
                 ray.get(call)
-            except RayTaskError as error:
-                cause = error.cause
-                raise RunError(f"{names[call]} failed while {doing}: {type(cause).__name__}: {cause}") from error
-            except RayActorError as error:
-                raise RunError(f"{names[call]} died while {doing}: {' '.join(str(error).split())}") from None
+            except RayError as error:
+                failed.append(actor_error(error, names[call], doing))
+        if failed:
+            raise next((error for error in failed if isinstance(error, ActorGone)), failed[0])
         if late:
-            raise RunError(
-                f"{', '.join(names[call] for call in late)} did not answer within {self._timeout_s:g} s while {doing}. See its log, "
-                "or raise pipeline.weight_sync_timeout_s."
+            silent = [names[call] for call in late]
+            raise ActorLate.of(
+                silent[0],
+                f"{', '.join(silent)} did not answer within {self._timeout_s:g} s while {doing}. Raise "
+                "pipeline.weight_sync_timeout_s if it is too short.",
             )
 
 
@@ -117,79 +121,60 @@ class WeightPublisher:
 
     Args:
         source: this rank's weights; iterating it may be a collective among the learner's ranks.
-        clients: each with a transfer group of its own; they change their weights one after the other.
         master_address: rank 0's address as the rollout actors reach it.
+        timeout_s: for each call to an engine.
     """
 
     def __init__(
-        self,
-        source: WeightSource,
-        clients: Sequence[RolloutClient],
-        backend: str,
-        rank: int,
-        master_address: str,
-        timeout_s: float,
+        self, source: WeightSource, backend: Backend, rank: int, master_address: str, timeout_s: float
     ) -> None:
-        self._clients = list(clients)
-        sizes = [1 + client.num_workers for client in clients]
-        infos = _trainer_init_infos(backend, rank, master_address, sizes, timeout_s)
-        self._engines: list[TrainerWeightTransferEngine] = [
-            WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
-            for info, client in zip(infos, clients, strict=True)
-        ]
+        self._source = source
+        self._timeout_s = timeout_s
+        self._trainer_end = _trainer_end(backend, rank, master_address, timeout_s)
+        self._groups: dict[tuple[int, ...], tuple[RolloutClient, TrainerWeightTransferEngine]] = {}
 
-    def publish(self, version: int) -> PublishReport:
-        """Sends the weights as `version`. Called on every rank; the report is of rank 0, which alone sends."""
+    def connect(self, replicas: tuple[int, ...], handles: Sequence[Any], workers_per_engine: int) -> None:
+        """Opens a transfer group to rollout actors; closes those that any of them was in. Called on every rank."""
+        for known in [known for known in self._groups if set(known) & set(replicas)]:
+            self._groups.pop(known)[1].shutdown()
+        client = RolloutClient(replicas, handles, workers_per_engine, self._timeout_s)
+        info = self._trainer_end(1 + client.num_workers)
+        engine = WeightTransferTrainerFactory.trainer_init(info, client=client, source=self._source)
+        self._groups[replicas] = client, engine
+
+    def publish(self, version: int, replicas: tuple[int, ...]) -> PublishReport:
+        """Sends the weights as `version` to a connected set. Called on every rank; the report is of rank 0, which alone sends."""
         started = perf_counter()
-        for client, engine in zip(self._clients, self._engines, strict=True):
-            client.version = version
-            engine.send_weights()
-        pauses = [
-            (client.paused[0] - started, client.paused[1] - started)
-            for client in self._clients
-            for _ in range(client.num_engines)
-        ]
-        return PublishReport(perf_counter() - started, tuple(pauses))
+        client, engine = self._groups[replicas]
+        client.version = version
+        engine.send_weights()
+        paused, resumed = client.paused
+        return PublishReport(perf_counter() - started, ((paused - started, resumed - started),) * len(replicas))
 
     def shutdown(self) -> None:
-        for engine in self._engines:
+        for _, engine in self._groups.values():
             engine.shutdown()
 
 
-def clients_of(
-    handles: Sequence[Any], workers_per_engine: int, update: UpdateOrder, timeout_s: float
-) -> list[RolloutClient]:
-    """Returns one client for all rollout actors, or one for each, so that the others generate while it changes its weights."""
-    size = len(handles) if update == "together" else 1
-    return [
-        RolloutClient(handles[first : first + size], workers_per_engine, timeout_s, first)
-        for first in range(0, len(handles), size)
-    ]
-
-
-def _trainer_init_infos(
-    backend: str, rank: int, master_address: str, world_sizes: Sequence[int], timeout_s: float
-) -> list[TrainerInitInfo]:
-    """Returns what opens this rank's end of transfer groups of such sizes."""
+def _trainer_end(
+    backend: Backend, rank: int, master_address: str, timeout_s: float
+) -> Callable[[int], TrainerInitInfo]:
+    """Returns what says how to open this rank's end of a transfer group, given the group's size."""
     if backend == "nccl":
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-        return [
-            NCCLTrainerInitInfo(master_address=master_address, master_port=free_port(), world_size=size, rank=rank)
-            for size in world_sizes
-        ]
+        return lambda world_size: NCCLTrainerInitInfo(
+            master_address=master_address, master_port=free_port(), world_size=world_size, rank=rank
+        )
     from maspo_ray.weight_sync.gloo_engine import Buffers, GlooTrainerInitInfo
 
-    # They send one after the other.
+    # Groups send one after the other, so that all can use the same.
     buffers = Buffers()
-    return [
-        GlooTrainerInitInfo(
-            master_address=master_address,
-            master_port=free_port(),
-            world_size=size,
-            timeout_s=timeout_s,
-            rank=rank,
-            buffers=buffers,
-        )
-        for size in world_sizes
-    ]
+    return lambda world_size: GlooTrainerInitInfo(
+        master_address=master_address,
+        master_port=free_port(),
+        world_size=world_size,
+        timeout_s=timeout_s,
+        rank=rank,
+        buffers=buffers,
+    )
