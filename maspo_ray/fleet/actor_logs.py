@@ -42,6 +42,7 @@ ACTOR_LOGS = ActorLogs()
 
 def _own_log(_: Any) -> str:
     """Returns where this actor's process writes its standard error, and with it what its engine says."""
+    # Ray 2.60 has no public name for it.
     path = ray._private.worker.global_worker.get_err_file_path()
     return f"{path} (node {ray.util.get_node_ip_address()})"
 

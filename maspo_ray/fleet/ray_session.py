@@ -1,12 +1,12 @@
 """The Ray that a run uses: the one that it is told of, or one of its own.
 
-Promise: a Ray of the run's own is gone when the run is, with every process that it started; another's is left as it was found.
+Promise: a Ray of the run's own is gone when the run is, with every process that it started; its logs stay where an error ended the run
+that may have begun in an actor; another's Ray is left as it was found.
 """
 
 import logging
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ import psutil
 import ray
 
 from maspo_ray.config import PlacementConfig
-from maspo_ray.errors import ConfigError, RunError
+from maspo_ray.errors import ConfigError
 
 _EXIT_S = 3.0
 
@@ -55,6 +55,7 @@ def object_store_used_bytes() -> float:
 def _own(placement: PlacementConfig) -> Iterator[bool]:
     # Unix sockets have short paths, so the folder must lie near the root.
     folder = tempfile.mkdtemp(prefix="maspo-", dir="/tmp" if os.path.isdir("/tmp") else None)
+    keep_logs = False
     try:
         # Its dashboard and usage report are not for a Ray that lives as long as one run.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -68,15 +69,19 @@ def _own(placement: PlacementConfig) -> Iterator[bool]:
             logging_level=logging.ERROR,
         )
         yield False
+    except ConfigError:
+        raise
+    # Not an interruption, which is no `Exception`.
+    except Exception as error:
+        # The engines' own last words may be needed to understand what happened.
+        error.add_note(f"the actors' logs are in {folder}/session_latest/logs")
+        keep_logs = True
+        raise
     finally:
         started = psutil.Process().children(recursive=True)
         ray.shutdown()
         _end(started)
-        error = sys.exc_info()[1]
-        if isinstance(error, RunError):
-            # The engines' own last words may be needed to understand what happened.
-            error.add_note(f"the actors' logs are in {folder}/session_latest/logs")
-        else:
+        if not keep_logs:
             shutil.rmtree(folder, ignore_errors=True)
 
 

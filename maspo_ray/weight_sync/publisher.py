@@ -7,14 +7,15 @@ decided elsewhere.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
 from typing import Any
 
 import ray
+import torch
 from ray.exceptions import RayError
 from vllm.distributed.weight_transfer import TrainerWeightTransferEngine, WeightSource, WeightTransferTrainerFactory
-from vllm.distributed.weight_transfer.base import TrainerInitInfo
+from vllm.distributed.weight_transfer.base import ParamMeta, TrainerInitInfo
 
 from maspo_ray.actor_failures import actor_error
 from maspo_ray.errors import ActorGone, ActorLate
@@ -104,7 +105,10 @@ class RolloutClient:
             try:
                 ray.get(call)
             except RayError as error:
-                failed.append(actor_error(error, names[call], doing))
+                failure = actor_error(error, names[call], doing)
+                # The engine's own traceback, for the learner's log.
+                failure.__cause__ = error
+                failed.append(failure)
         if failed:
             raise next((error for error in failed if isinstance(error, ActorGone)), failed[0])
         if late:
@@ -114,6 +118,31 @@ class RolloutClient:
                 f"{', '.join(silent)} did not answer within {self._timeout_s:g} s while {doing}. Raise "
                 "pipeline.weight_sync_timeout_s if it is too short.",
             )
+
+
+class _WholeSource(WeightSource):
+    """A source that can be run to its end when a transfer fails: where iterating it is a collective, the other ranks are in it, and would
+    wait for this one."""
+
+    def __init__(self, source: WeightSource) -> None:
+        self._source = source
+        self._rest: Iterator[tuple[str, torch.Tensor]] | None = None
+
+    def metadata(self) -> list[ParamMeta]:
+        return self._source.metadata()
+
+    def begin(self) -> None:
+        """The next iteration is of a new transfer."""
+        self._rest = None
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        self._rest = iter(self._source)
+        return self._rest
+
+    def finish(self) -> None:
+        """Goes through what the transfer has not, also where it failed before it began."""
+        for _ in self if self._rest is None else self._rest:
+            pass
 
 
 class WeightPublisher:
@@ -128,7 +157,7 @@ class WeightPublisher:
     def __init__(
         self, source: WeightSource, backend: Backend, rank: int, master_address: str, timeout_s: float
     ) -> None:
-        self._source = source
+        self._source = _WholeSource(source)
         self._timeout_s = timeout_s
         self._trainer_end = _trainer_end(backend, rank, master_address, timeout_s)
         self._groups: dict[tuple[int, ...], tuple[RolloutClient, TrainerWeightTransferEngine]] = {}
@@ -147,7 +176,12 @@ class WeightPublisher:
         started = perf_counter()
         client, engine = self._groups[replicas]
         client.version = version
-        engine.send_weights()
+        self._source.begin()
+        try:
+            engine.send_weights()
+        except BaseException:
+            self._source.finish()
+            raise
         paused, resumed = client.paused
         return PublishReport(perf_counter() - started, ((paused - started, resumed - started),) * len(replicas))
 

@@ -1,6 +1,7 @@
 """The rollout actor on a real vLLM engine, and weights sent to it through the real transfer group."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -46,11 +47,11 @@ def trainer(tiny_model: str) -> PreTrainedModel:
 def publisher(engine: Any, trainer: PreTrainedModel) -> Any:
     from vllm.distributed.weight_transfer import ModuleSource
 
-    from maspo_ray.weight_sync.publisher import RolloutClient, WeightPublisher
+    from maspo_ray.weight_sync.publisher import WeightPublisher
 
-    return WeightPublisher(
-        ModuleSource(trainer), [RolloutClient([engine], 1, 30.0)], "gloo", 0, ray.util.get_node_ip_address(), 30.0
-    )
+    publisher = WeightPublisher(ModuleSource(trainer), "gloo", 0, ray.util.get_node_ip_address(), 30.0)
+    publisher.connect((0,), [engine], 1)
+    return SimpleNamespace(publish=lambda version: publisher.publish(version, (0,)), client=publisher._groups[(0,)][0])
 
 
 def _prompt(*ids: int) -> Prompt:
@@ -160,14 +161,14 @@ def test_publish_requests_that_come_meanwhile_begin_at_the_new_version(
     prompt = _prompt(*range(3, 43))
     _sample(engine, prompt, n=1, max_new_tokens=1)
     streams = []
-    receive = publisher._clients[0].update_weights
+    receive = publisher.client.update_weights
 
     def receive_and_start(update_info: Any) -> None:
         # The engine is paused here.
         streams.append(_start(engine, prompt, 8, [0]))
         receive(update_info)
 
-    monkeypatch.setattr(publisher._clients[0], "update_weights", receive_and_start)
+    monkeypatch.setattr(publisher.client, "update_weights", receive_and_start)
     _perturb(trainer)
     publisher.publish(12)
     [[completion]] = [ray.get(next(iter(stream))) for stream in streams]
