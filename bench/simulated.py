@@ -40,7 +40,7 @@ from maspo_ray.pipeline.loop import Pipeline
 from maspo_ray.rollouts.error_watch import ErrorWatch
 from maspo_ray.rollouts.pool import RolloutPool
 from maspo_ray.run_dir.folder import RunFolder
-from maspo_ray.run_dir.history import RunRecord
+from maspo_ray.run_dir.history import RunHistory
 from maspo_ray.run_dir.progress import Progress
 from maspo_ray.run_dir.timeline import Timeline
 
@@ -370,5 +370,5 @@ def simulated_pipeline(
     stream = PromptStream(prompts, sampler, shuffle=True, seed=config.seed)
     door = load_door(config.pipeline)
     progress = Progress(config.pipeline.steps, "off", io.StringIO())
-    record = RunRecord(config)
-    return Pipeline(config, shared, pool, stream, evaluator, parity, folder, progress, record, timeline, door), folder
+    history = RunHistory(config)
+    return Pipeline(config, shared, pool, stream, evaluator, parity, folder, progress, history, timeline, door), folder

@@ -28,7 +28,7 @@ from maspo_ray.rollouts.error_watch import ErrorWatch
 from maspo_ray.rollouts.pool import RolloutPool
 from maspo_ray.run_dir.curves import draw_curves
 from maspo_ray.run_dir.folder import RunFolder
-from maspo_ray.run_dir.history import RunRecord
+from maspo_ray.run_dir.history import RunHistory
 from maspo_ray.run_dir.progress import Progress
 from maspo_ray.run_dir.summary import RunSummary
 from maspo_ray.run_dir.timeline import Timeline
@@ -61,7 +61,7 @@ class _Session:
         self._config = config
         self._plugins = plugins
         self._folder = RunFolder(config)
-        self._record = RunRecord(config)
+        self._history = RunHistory(config)
         self._timeline = Timeline(self._folder.write_trace)
         self._errors = ErrorWatch(config.reward.max_error_rate)
         self._fleet = Fleet(config, plugins.classes, plan, reservation)
@@ -103,7 +103,7 @@ class _Session:
             parity,
             self._folder,
             progress,
-            self._record,
+            self._history,
             self._timeline,
             self._plugins.door,
         )
@@ -127,7 +127,7 @@ class _Session:
         if self._config.logging.curves:
             draw_curves(self._folder.path)
         groups = self._pipeline.group_counts if self._pipeline else {"submitted": 0}
-        summary = self._record.summary(
+        summary = self._history.summary(
             groups=groups,
             seconds=self._timeline.totals(),
             errors=self._errors.errors,

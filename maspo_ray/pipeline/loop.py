@@ -23,7 +23,7 @@ from maspo_ray.protocols import DoorPolicy
 from maspo_ray.rollouts.pool import RolloutPool
 from maspo_ray.run_dir.checkpoint import STATE, begin_checkpoint, end_checkpoint
 from maspo_ray.run_dir.folder import RunFolder
-from maspo_ray.run_dir.history import RunRecord
+from maspo_ray.run_dir.history import RunHistory
 from maspo_ray.run_dir.metrics import StepMetrics, combine_updates
 from maspo_ray.run_dir.progress import Progress
 from maspo_ray.run_dir.timeline import Timeline
@@ -42,7 +42,7 @@ class Pipeline:
         parity: ParityCheck,
         folder: RunFolder,
         progress: Progress,
-        record: RunRecord,
+        record: RunHistory,
         timeline: Timeline,
         door: DoorPolicy,
     ) -> None:

@@ -24,7 +24,7 @@ _COLUMNS = (
 )
 
 
-class RunRecord:
+class RunHistory:
     """Gathers; one for each run."""
 
     def __init__(self, config: RunConfig) -> None:

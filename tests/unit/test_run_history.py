@@ -1,4 +1,4 @@
-"""The run's record: a summary at any moment, means weighted as their names say, nothing unmeasured read as 0."""
+"""The run's history: a summary at any moment, means weighted as their names say, nothing unmeasured read as 0."""
 
 import math
 from pathlib import Path
@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 
 from maspo_ray.config import RunConfig
-from maspo_ray.run_dir.history import RunRecord
+from maspo_ray.run_dir.history import RunHistory
 from maspo_ray.run_dir.summary import RunSummary
 
 NAN = math.nan
 
 
-def _record(**keys: Any) -> RunRecord:
+def _history(**keys: Any) -> RunHistory:
     tree = {"model": {"path": "org/model"}, "data": {"train": {"kind": "jsonl", "path": "rows.jsonl"}}}
-    return RunRecord(RunConfig.model_validate(tree | keys))
+    return RunHistory(RunConfig.model_validate(tree | keys))
 
 
 def _row(reward: float = 0.5, **metrics: float) -> dict[str, float]:
@@ -32,7 +32,7 @@ def _row(reward: float = 0.5, **metrics: float) -> dict[str, float]:
     return row | {name.replace("__", "/"): value for name, value in metrics.items()}
 
 
-def _summary(record: RunRecord, **facts: Any) -> RunSummary:
+def _summary(history: RunHistory, **facts: Any) -> RunSummary:
     given = {
         "groups": {"submitted": 0},
         "seconds": {},
@@ -41,11 +41,11 @@ def _summary(record: RunRecord, **facts: Any) -> RunSummary:
         "interrupted": False,
         "saved": (),
     }
-    return record.summary(**(given | facts))
+    return history.summary(**(given | facts))
 
 
 def test_summary_before_the_first_step_measures_nothing() -> None:
-    summary = _summary(_record(), interrupted=True)
+    summary = _summary(_history(), interrupted=True)
     assert (summary.steps, summary.accuracy_before, summary.accuracy_after) == (0, None, None)
     unmeasured = [
         summary.reward_first,
@@ -61,9 +61,9 @@ def test_summary_before_the_first_step_measures_nothing() -> None:
 
 
 def test_summary_carries_the_configs_and_the_callers_facts() -> None:
-    record = _record(run_dir="runs/x", eval={"name": "sums"}, pipeline={"max_staleness": 3})
+    history = _history(run_dir="runs/x", eval={"name": "sums"}, pipeline={"max_staleness": 3})
     groups = {"submitted": 5, "trained": 4, "failed": 1}
-    summary = _summary(record, groups=groups, errors=7, evaluation_errors=2, saved=("final",))
+    summary = _summary(history, groups=groups, errors=7, evaluation_errors=2, saved=("final",))
     assert (summary.run_dir, summary.eval_set, summary.max_staleness) == (str(Path("runs/x")), "sums", 3)
     assert (summary.groups, summary.saved, summary.interrupted) == (groups, ("final",), False)
     assert (summary.errors, summary.evaluation_errors) == (7, 2)
@@ -76,10 +76,10 @@ def test_summary_carries_the_configs_and_the_callers_facts() -> None:
 def test_summary_accuracy_is_before_and_after_only_where_both_were_measured(
     accuracies: list[float], before: float | None, after: float | None
 ) -> None:
-    record = _record()
+    history = _history()
     for accuracy in accuracies:
-        record.accuracy(accuracy)
-    summary = _summary(record)
+        history.accuracy(accuracy)
+    summary = _summary(history)
     assert (summary.accuracy_before, summary.accuracy_after) == (before, after)
 
 
@@ -93,27 +93,31 @@ def test_summary_accuracy_is_before_and_after_only_where_both_were_measured(
     ],
 )
 def test_summary_rewards_are_means_of_the_first_and_the_last_tenth(num_steps: int, first: float, last: float) -> None:
-    record = _record()
+    history = _history()
     for step in range(num_steps):
-        record.step(_row(reward=float(step)))
-    summary = _summary(record)
+        history.step(_row(reward=float(step)))
+    summary = _summary(history)
     assert (summary.steps, summary.reward_first, summary.reward_last) == (num_steps, first, last)
 
 
 def test_summary_mean_leaves_out_what_a_step_did_not_measure() -> None:
-    record = _record()
+    history = _history()
     for reward in [NAN, 1.0] + [0.0] * 17 + [0.5]:
-        record.step(_row(reward=reward))
-    summary = _summary(record)
+        history.step(_row(reward=reward))
+    summary = _summary(history)
     # The first tenth is NaN and 1, the last 0 and 0.5.
     assert (summary.reward_first, summary.reward_last) == (1.0, 0.25)
 
 
 def test_summary_shares_are_of_time_and_staleness_of_steps() -> None:
-    record = _record()
-    record.step(_row(time__step_s=3.0, time__learner_wait_share=0.2, time__rollout_idle_share=0.4, staleness__mean=1.0))
-    record.step(_row(time__step_s=1.0, time__learner_wait_share=0.6, time__rollout_idle_share=0.0, staleness__mean=0.5))
-    summary = _summary(record)
+    history = _history()
+    history.step(
+        _row(time__step_s=3.0, time__learner_wait_share=0.2, time__rollout_idle_share=0.4, staleness__mean=1.0)
+    )
+    history.step(
+        _row(time__step_s=1.0, time__learner_wait_share=0.6, time__rollout_idle_share=0.0, staleness__mean=0.5)
+    )
+    summary = _summary(history)
     # Waited: (3 · 0.2 + 1 · 0.6) / 4. Idle: (3 · 0.4 + 1 · 0) / 4. Staleness: (1 + 0.5) / 2.
     assert summary.learner_wait_share == pytest.approx(0.3)
     assert summary.rollout_idle_share == pytest.approx(0.3)
@@ -121,23 +125,23 @@ def test_summary_shares_are_of_time_and_staleness_of_steps() -> None:
 
 
 def test_summary_staleness_max_and_tokens_are_over_all_steps() -> None:
-    record = _record()
+    history = _history()
     for stale, generated, trained in ((1.0, 10.0, 8.0), (2.0, 20.0, 9.0), (0.0, 30.0, 10.0)):
-        record.step(_row(staleness__max=stale, tokens__generated=generated, tokens__trained=trained))
-    summary = _summary(record)
+        history.step(_row(staleness__max=stale, tokens__generated=generated, tokens__trained=trained))
+    summary = _summary(history)
     assert (summary.staleness_max, summary.tokens_generated, summary.tokens_trained) == (2.0, 60, 27)
 
 
 def test_summary_parity_is_the_largest_distance_measured() -> None:
-    record = _record()
+    history = _history()
     for distance in (0.1, 0.3, 0.2):
-        record.parity(distance)
-    assert _summary(record).parity_max == 0.3
+        history.parity(distance)
+    assert _summary(history).parity_max == 0.3
 
 
-def test_summary_does_not_end_the_record() -> None:
-    record = _record()
-    record.step(_row(reward=0.0))
-    _summary(record)
-    record.step(_row(reward=1.0))
-    assert (_summary(record).steps, _summary(record).reward_last) == (2, 1.0)
+def test_summary_does_not_end_the_history() -> None:
+    history = _history()
+    history.step(_row(reward=0.0))
+    _summary(history)
+    history.step(_row(reward=1.0))
+    assert (_summary(history).steps, _summary(history).reward_last) == (2, 1.0)
