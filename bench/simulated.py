@@ -237,7 +237,9 @@ class SimulatedLearner:
         fleet.changed_at += [version + 1] * any(applied)
         fleet.on_train(version, shares, applied)
         return [
-            UpdateReport({"tokens/trained": float(plans[0].batch_tokens)}, done, ())
+            UpdateReport(
+                {"tokens/trained": float(plans[0].batch_tokens) * done, "learner/skipped": float(not done)}, done, ()
+            )
             for plans, done in zip(updates, applied, strict=True)
         ]
 
