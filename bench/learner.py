@@ -151,7 +151,7 @@ class Bench:
             (engine.optimizer if engine.zero_optimization_stage() else engine).zero_grad()
             sums = UpdateSums(self.learner._device)
             for bundles in plan.micro_batches:
-                loss, _ = self.learner._loss(bundles, payloads, None, sums)
+                loss, _ = self.learner._loss(bundles, payloads, None, sums, None)
                 engine.backward(loss / plan.batch_tokens, scale_wrt_gas=False)
 
         return run

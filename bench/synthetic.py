@@ -6,7 +6,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from maspo_ray.experience import Completion, CompletionFacts, Experience, Group, Prompt, Rollout, Verdict, VersionSpan
+from maspo_ray.experience import (
+    Completion,
+    CompletionFacts,
+    Experience,
+    Group,
+    Prompt,
+    Rollout,
+    SampledGroup,
+    Verdict,
+    VersionSpan,
+)
 from maspo_ray.packing import RankPlan, pack
 
 
@@ -25,12 +35,11 @@ class SyntheticBatch:
 
     def __init__(self, prompt_tokens: int, lengths: Sequence[Sequence[int]], vocabulary: int, seed: int) -> None:
         rng = np.random.default_rng(seed)
-        self._payloads: dict[str, Any] = {}
+        self._payloads: dict[str, SampledGroup] = {}
         self.experiences: list[Experience] = []
         for g, group_lengths in enumerate(lengths):
             ids = rng.integers(3, vocabulary, size=prompt_tokens).astype(np.int32)
-            self._payloads[f"prompt {g}"] = Prompt(f"bench/{g}", "", ids, "")
-            completions = [
+            completions = tuple(
                 Completion(
                     rng.integers(3, vocabulary, size=length).astype(np.int32),
                     (rng.normal(size=length) - 8).astype(np.float32),
@@ -39,13 +48,11 @@ class SyntheticBatch:
                     "",
                 )
                 for length in group_lengths
-            ]
-            self._payloads[f"completions {g}"] = completions
-            rollouts = tuple(
-                Rollout(f"completions {g}", i, CompletionFacts.of(c), Verdict.from_reward(1.0))
-                for i, c in enumerate(completions)
             )
-            group = Group(g, f"bench/{g}", f"prompt {g}", prompt_tokens, 0, rollouts)
+            payload = f"group {g}"
+            self._payloads[payload] = SampledGroup(Prompt(f"bench/{g}", "", ids, ""), completions)
+            rollouts = tuple(Rollout(CompletionFacts.of(c), Verdict.from_reward(1.0)) for c in completions)
+            group = Group(g, f"bench/{g}", payload, prompt_tokens, 0, 0, rollouts)
             self.experiences.append(Experience(group, tuple(rng.normal(size=len(rollouts)).tolist())))
 
     def plan(self, max_tokens: int, share_prompts: bool) -> tuple[RankPlan, list[Any]]:
@@ -55,10 +62,10 @@ class SyntheticBatch:
 
     def rollouts(self) -> Iterator[tuple[NDArray[np.int32], Completion, float]]:
         """Yields prompt ids, completion and advantage of each rollout."""
-        for g, experience in enumerate(self.experiences):
-            prompt, completions = self._payloads[f"prompt {g}"], self._payloads[f"completions {g}"]
-            for completion, advantage in zip(completions, experience.trained.values(), strict=True):
-                yield prompt.token_ids, completion, advantage
+        for experience in self.experiences:
+            group = self._payloads[experience.group.payload]
+            for completion, advantage in zip(group.completions, experience.trained.values(), strict=True):
+                yield group.prompt.token_ids, completion, advantage
 
     def sequences(self) -> list[NDArray[np.int32]]:
         """Returns each prompt with each of its completions."""

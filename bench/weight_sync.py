@@ -32,7 +32,7 @@ from vllm.distributed.weight_transfer.base import ParamMeta
 
 from actors.vllm_rollout import VLLMRollout
 from maspo_ray.config import ModelConfig, PlacementConfig, RolloutConfig
-from maspo_ray.experience import Prompt
+from maspo_ray.experience import Sampling
 from maspo_ray.fleet.environment import CPU_ALLOCATOR
 from maspo_ray.fleet.ray_session import connected
 from maspo_ray.weight_sync import free_port
@@ -267,18 +267,18 @@ def measure(model_path: str, dtype: Any, repeats: int) -> dict[str, Any]:
 
     def stall(as_first_version: bool) -> float:
         """Returns the stall of an update while requests run."""
-        prompt = Prompt("bench", "", np.arange(10, 10 + PROMPT_TOKENS, dtype=np.int32), "")
-        running = engine.generate.options(num_returns="streaming").remote(
-            prompt, temperature=1.0, max_new_tokens=NEW_TOKENS // 2, seeds=[None] * REQUESTS
-        )
-        probed = engine.probe.remote(prompt.token_ids.tolist())
+        token_ids, sampling = np.arange(10, 10 + PROMPT_TOKENS, dtype=np.int32), Sampling(1.0, NEW_TOKENS // 2)
+        running = [
+            engine.sample.remote(token_ids, sampling=sampling, seed=None, cache_key="bench") for _ in range(REQUESTS)
+        ]
+        probed = engine.probe.remote(token_ids.tolist())
         # Past their prompts.
         ray.wait([probed], timeout=3.0)
         send(as_first_version)
         ray.wait([probed], timeout=3.0)
         stalled: float = ray.get(engine.stall.remote())
-        ray.cancel(running)
-        ray.cancel(probed)
+        for call in (*running, probed):
+            ray.cancel(call)
         ray.get(engine.rest.remote())
         return stalled
 

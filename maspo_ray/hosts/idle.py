@@ -18,6 +18,7 @@ class IdleMeter:
         """So many completions were asked for."""
         if self._outstanding == 0:
             self._idle_s += now - self._idle_since
+            self._idle_since = now
         self._outstanding += completions
 
     def finished(self, now: float, completions: int) -> None:

@@ -9,15 +9,9 @@ from maspo_ray.groups.buffer import ReadyBuffer
 
 def _experience(group_id: int, *min_versions: int) -> Experience:
     rollouts = tuple(
-        Rollout(
-            payload=None,
-            position=0,
-            facts=CompletionFacts(4, version, version + 1, "stop"),
-            verdict=Verdict.from_reward(1.0),
-        )
-        for version in min_versions
+        Rollout(CompletionFacts(4, version, version + 1, "stop"), Verdict.from_reward(1.0)) for version in min_versions
     )
-    group = Group(group_id, f"train/{group_id}", None, 3, min(min_versions), rollouts)
+    group = Group(group_id, f"train/{group_id}", None, 3, min(min_versions), 0, rollouts)
     return Experience(group, advantages=(0.0,) * len(rollouts))
 
 

@@ -165,12 +165,6 @@ def test_max_model_tokens_is_prompt_and_completion_unless_set(tmp_path: Path) ->
     assert _load(tmp_path, {"rollout.max_model_tokens": 12}).max_model_tokens == 12
 
 
-def test_parity_bound_follows_the_dtype_unless_set(tmp_path: Path) -> None:
-    assert _load(tmp_path, {"model.dtype": "float32"}).parity_bound == ("max", 1e-3)
-    assert _load(tmp_path, {"model.dtype": "bfloat16"}).parity_bound == ("mean", 0.1)
-    assert _load(tmp_path, {"pipeline.parity_bound": 0.25}).parity_bound == ("mean", 0.25)
-
-
 def test_micro_batch_that_holds_just_one_longest_sequence_is_enough(tmp_path: Path) -> None:
     assert _load(tmp_path, {"learner.max_tokens_per_micro_batch": 16}).max_model_tokens == 16
 

@@ -1,13 +1,16 @@
 """What the engines are started with: the config's values under the engines' own names, and what a user may add to them."""
 
 import dataclasses
+import importlib
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from actors.vllm_rollout import cpu_environment, engine_arguments, spans_since
+from actors.vllm_rollout import completion_of, cpu_environment, engine_arguments
 from maspo_ray.config import LearnerConfig, ModelConfig, RolloutConfig
+from maspo_ray.experience import VersionSpan
 
 MODEL = ModelConfig(path="org/model", dtype="float32", trust_remote_code=True)
 
@@ -39,9 +42,8 @@ def test_engine_arguments_on_cpu() -> None:
 def test_engine_arguments_on_gpu_leave_the_cpu_engines_out() -> None:
     cpu, gpu = _arguments(RolloutConfig()), _arguments(RolloutConfig(gpus=1))
     assert gpu.keys() - cpu.keys() == {"tensor_parallel_size"}
-    assert cpu.keys() - gpu.keys() == {
-        *("worker_extension_cls", "kv_cache_memory_bytes", "enforce_eager", "block_size")
-    }
+    assert cpu.keys() - gpu.keys() == {"kv_cache_memory_bytes", "enforce_eager", "block_size"}
+    assert gpu["worker_extension_cls"] == "maspo_ray.weight_sync.checksum.ChecksumWorkerExtension"
     assert gpu["weight_transfer_config"] == {"backend": "nccl"}
 
 
@@ -74,11 +76,13 @@ def test_engine_arguments_are_ones_that_vllm_has(gpus: float) -> None:
 
 
 @pytest.mark.engine
-def test_worker_extension_is_where_the_arguments_say() -> None:
-    from maspo_ray.weight_sync.gloo_engine import GlooWorkerExtension
-
-    name = f"{GlooWorkerExtension.__module__}.{GlooWorkerExtension.__qualname__}"
-    assert _arguments(RolloutConfig())["worker_extension_cls"] == name
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_worker_extension_is_where_the_arguments_say_and_gives_the_checksum(gpus: float) -> None:
+    module, _, name = _arguments(RolloutConfig(gpus=gpus))["worker_extension_cls"].rpartition(".")
+    extension = getattr(importlib.import_module(module), name)
+    assert callable(extension.weight_checksum)
+    # What a CPU engine receives by is on the same worker.
+    assert hasattr(extension, "stage_weights") == (gpus == 0)
 
 
 @pytest.mark.engine
@@ -198,18 +202,39 @@ def test_learning_rate_rises_in_the_warm_up_and_is_never_zero(
     assert seen == pytest.approx(expected)
 
 
+def _output(**changed: Any) -> Any:
+    """Returns what vLLM's `CompletionOutput` has of two tokens, whose log-probs are -0.5 and -2."""
+    stamps = [SimpleNamespace(version="3", start=0, end=1), SimpleNamespace(version="4", start=1, end=2)]
+    logprobs = [
+        {7: SimpleNamespace(logprob=-0.5)},
+        {9: SimpleNamespace(logprob=-2.0), 8: SimpleNamespace(logprob=-0.1)},
+    ]
+    given = {
+        "token_ids": [7, 9],
+        "logprobs": logprobs,
+        "weight_versions": stamps,
+        "finish_reason": "stop",
+        "text": "ab",
+    }
+    return SimpleNamespace(**given | changed)
+
+
+def test_completion_has_the_sampled_tokens_own_logprobs_and_the_engines_stamps() -> None:
+    completion = completion_of(_output())
+    assert (completion.token_ids.tolist(), completion.token_ids.dtype) == ([7, 9], np.int32)
+    assert (completion.logprobs.tolist(), completion.logprobs.dtype) == ([-0.5, -2.0], np.float32)
+    assert completion.spans == (VersionSpan(3, 0, 1), VersionSpan(4, 1, 2))
+    assert (completion.finish_reason, completion.text) == ("stop", "ab")
+
+
 @pytest.mark.parametrize(
-    ("submitted", "stamps", "expected"),
+    ("changed", "match"),
     [
-        (3, [(3, 0, 5)], [(3, 0, 5)]),
-        (3, [(3, 0, 2), (4, 2, 5)], [(3, 0, 2), (4, 2, 5)]),
-        # An update came between the engine's taking it and its first token.
-        (3, [(4, 0, 5)], [(3, 0, 5)]),
-        (3, [(4, 0, 2), (5, 2, 5)], [(3, 0, 2), (5, 2, 5)]),
+        ({"logprobs": None}, "a token has no log-prob"),
+        ({"logprobs": [{7: SimpleNamespace(logprob=-0.5)}]}, "a token has no log-prob"),
+        ({"weight_versions": None}, "stamped no weight version"),
     ],
 )
-def test_spans_begin_at_the_version_that_a_request_was_submitted_at(
-    submitted: int, stamps: list[tuple[int, int, int]], expected: list[tuple[int, int, int]]
-) -> None:
-    engines = [SimpleNamespace(version=str(version), start=start, end=end) for version, start, end in stamps]
-    assert [(s.version, s.start, s.end) for s in spans_since(submitted, engines)] == expected
+def test_completion_without_logprobs_or_stamps_is_refused(changed: dict[str, Any], match: str) -> None:
+    with pytest.raises(AssertionError, match=match):
+        completion_of(_output(**changed))

@@ -16,8 +16,8 @@ from maspo_ray.groups.ledger import GroupOutcome
 
 def _experience(group_id: int, submitted: int, min_version: int, max_version: int) -> Experience:
     facts = CompletionFacts(4, min_version, max_version, "stop")
-    rollout = Rollout(f"payload {group_id}", 0, facts, Verdict.from_reward(1.0))
-    return Experience(Group(group_id, f"train/{group_id}", "prompt", 3, submitted, (rollout,)), (1.0,))
+    rollout = Rollout(facts, Verdict.from_reward(1.0))
+    return Experience(Group(group_id, f"train/{group_id}", f"payload {group_id}", 3, submitted, 0, (rollout,)), (1.0,))
 
 
 class IntakeMachine(RuleBasedStateMachine):
@@ -148,7 +148,7 @@ def test_take_drops_what_went_past_the_bound_and_gives_its_place_back() -> None:
     assert (rows[-1]["outcome"], rows[-1]["min_version"], rows[-1]["max_version"]) == ("stale", 0, 2)
 
 
-def test_take_lets_in_what_the_doors_policy_trains_on_before_what_is_fresh() -> None:
+def test_take_lets_in_what_the_late_policy_trains_on_before_what_is_fresh() -> None:
     intake, _ = _aged(TrainStale(1, max_lag=2))
     fresh, version = intake.admit("train/fresh")
     intake.accept(_experience(fresh, version, 2, 2))
@@ -157,7 +157,7 @@ def test_take_lets_in_what_the_doors_policy_trains_on_before_what_is_fresh() -> 
     assert intake.oldest_trainable_version == 0
 
 
-def test_door_with_a_lag_below_the_bound_is_refused() -> None:
+def test_late_policy_with_a_lag_below_the_bound_is_refused() -> None:
     with pytest.raises(
         ConfigError, match=r"max_lag is 0; it must be a whole number, at least pipeline.max_staleness \(1\)"
     ):

@@ -186,14 +186,12 @@ def test_load_method_that_cannot_be_called_is_refused(write: Write, method: str)
 
 def test_load_method_without_a_keyword_that_the_framework_passes_is_refused(write: Write) -> None:
     module = write(
-        "from maspo_ray.protocols import RolloutActor as P\n"
+        "from maspo_ray.protocols import RolloutEngine as P\n"
         "class A:\n"
-        + "".join(f"    {name} = P.{name}\n" for name in protocol_methods(PROTOCOLS["rollout"]) if name != "generate")
-        + "    async def generate(self, prompt, *, temperature, max_new_tokens): ...\n"
+        + "".join(f"    {name} = P.{name}\n" for name in protocol_methods(PROTOCOLS["rollout"]) if name != "sample")
+        + "    async def sample(self, token_ids, *, sampling, seed): ...\n"
     )
-    assert "its method generate(self, prompt, *, temperature, max_new_tokens) cannot be called" in _fault(
-        "rollout", f"{module}:A"
-    )
+    assert "its method sample(self, token_ids, *, sampling, seed) cannot be called" in _fault("rollout", f"{module}:A")
 
 
 # Samplers.

@@ -1,4 +1,4 @@
-"""Reductions by hand, files read back, and the idle share by hand."""
+"""Reductions by hand, files read back, and the idle time by hand."""
 
 import json
 import math
@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from maspo_ray.rollouts.idle import IdleMeter
+from hypothesis import given
+from hypothesis import strategies as st
 
+from maspo_ray.hosts.idle import IdleMeter
 from maspo_ray.run_dir.metrics import STEP_COLUMNS, StepMetrics, combine_updates
 from maspo_ray.run_dir.sinks import JsonlSink, JsonlWriter, TensorBoardSink, json_bytes
 
@@ -136,49 +138,66 @@ def test_tensorboard_sink_scalars_are_read_back_without_nan(tmp_path: Path) -> N
     assert [(event.step, event.value) for event in events.Scalars("parity/max")] == [(2, 0.125)]
 
 
-def test_idle_share_of_an_engine_with_one_request_is_the_rest_of_the_time() -> None:
-    meter = IdleMeter(1, now=100.0)
-    meter.started(0, now=102.0)
-    meter.finished(0, now=107.0)
+def test_idle_time_of_an_engine_with_one_request_is_the_rest_of_the_time() -> None:
+    meter = IdleMeter(now=100.0)
+    meter.started(102.0, 1)
+    meter.finished(107.0, 1)
     # Idle 100-102 and 107-110, of 10 s.
-    assert meter.take_idle_share(now=110.0) == pytest.approx((2 + 3) / 10)
+    assert meter.take(now=110.0) == (2 + 3, 10)
 
 
-def test_idle_share_with_overlapping_requests_counts_none_outstanding_only() -> None:
-    meter = IdleMeter(1, now=0.0)
-    meter.started(0, now=1.0)
-    meter.started(0, now=2.0)
-    meter.finished(0, now=3.0)
-    meter.finished(0, now=6.0)
+def test_idle_time_with_overlapping_requests_counts_none_outstanding_only() -> None:
+    meter = IdleMeter(now=0.0)
+    meter.started(1.0, 2)
+    meter.started(2.0, 1)
+    meter.finished(3.0, 1)
+    meter.finished(6.0, 2)
     # Busy 1-6, of 8 s.
-    assert meter.take_idle_share(now=8.0) == pytest.approx((1 + 2) / 8)
+    assert meter.take(now=8.0) == (1 + 2, 8)
 
 
-def test_idle_share_is_the_mean_over_engines() -> None:
-    meter = IdleMeter(2, now=0.0)
-    meter.started(0, now=0.0)
-    meter.started(1, now=3.0)
-    # Engine 0 is never idle; engine 1 is idle 3 of 4 s.
-    assert meter.take_idle_share(now=4.0) == pytest.approx((0 / 4 + 3 / 4) / 2)
+def test_idle_time_second_take_counts_from_the_first() -> None:
+    meter = IdleMeter(now=0.0)
+    assert meter.take(now=10.0) == (10, 10)
+    meter.started(11.0, 1)
+    assert meter.take(now=11.5) == (1, 1.5)
+    meter.finished(12.0, 1)
+    # Busy 11.5-12, idle 12-14.
+    assert meter.take(now=14.0) == (2, 2.5)
+    assert meter.take(now=14.0) == (0, 0)
 
 
-def test_idle_share_second_take_counts_from_the_first() -> None:
-    meter = IdleMeter(2, now=0.0)
-    meter.started(0, now=0.0)
-    meter.take_idle_share(now=10.0)
-    meter.finished(0, now=12.0)
-    meter.started(1, now=11.0)
-    # Engine 0: busy 10-12, idle 12-14; engine 1: idle 10-11.
-    assert meter.take_idle_share(now=14.0) == pytest.approx((2 / 4 + 1 / 4) / 2)
+@pytest.mark.parametrize("nothing", ["started", "finished"])
+def test_idle_time_is_not_counted_twice_where_nothing_is_asked_for_or_ends(nothing: str) -> None:
+    meter = IdleMeter(now=0.0)
+    getattr(meter, nothing)(3.0, 0)
+    assert meter.take(now=4.0) == (4, 4)
 
 
-def test_idle_share_of_no_time_is_nan() -> None:
-    assert math.isnan(IdleMeter(1, now=5.0).take_idle_share(now=5.0))
+@given(st.lists(st.tuples(st.sampled_from(["started", "finished", "take"]), st.integers(1, 3)), max_size=30))
+def test_idle_time_of_any_takes_adds_up_to_the_time_without_work(events: list[tuple[str, int]]) -> None:
+    meter, outstanding, now = IdleMeter(now=0.0), 0, 0.0
+    idle_s, of_s, expected_s = 0.0, 0.0, 0.0
+    for kind, count in [*events, ("take", 1)]:
+        now += count
+        expected_s += count if outstanding == 0 else 0.0
+        if kind == "take":
+            taken_idle_s, taken_of_s = meter.take(now)
+            idle_s, of_s = idle_s + taken_idle_s, of_s + taken_of_s
+        elif kind == "started":
+            meter.started(now, count)
+            outstanding += count
+        elif count <= outstanding:
+            meter.finished(now, count)
+            outstanding -= count
+    assert (idle_s, of_s) == (expected_s, now)
 
 
 def test_idle_meter_finish_without_start_is_refused() -> None:
-    with pytest.raises(AssertionError, match="engine 1 finished a request; it has none"):
-        IdleMeter(2, now=0.0).finished(1, now=1.0)
+    meter = IdleMeter(now=0.0)
+    meter.started(0.0, 1)
+    with pytest.raises(AssertionError, match="2 completions ended; 1 were outstanding"):
+        meter.finished(1.0, 2)
 
 
 def test_combine_updates_weighs_means_by_tokens() -> None:

@@ -39,8 +39,6 @@ def test_overlong_penalty_without_a_config_is_0() -> None:
 def _rollouts(*finish_reasons: str, unscored: int | None = None) -> list[Rollout]:
     return [
         Rollout(
-            "payload",
-            i,
             _facts(5, reason),
             Verdict.unscored(Outcome.ERROR, "no") if i == unscored else Verdict.from_reward(1.0),
         )

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maspo_ray.experience import CompletionFacts, Experience, Group, Rollout, Verdict
-from maspo_ray.packing import Item, RankPlan, cut_by_budget, deal, fill, level, pack
+from maspo_ray.packing import Bundle, Item, RankPlan, cut_by_budget, deal, fill, level, pack
 
 LENGTHS = st.lists(st.integers(1, 60), max_size=40)
 
@@ -68,9 +68,9 @@ def _pack(
     return [(plan, payloads) for (plan,), payloads in pack(experiences, ranks, max_tokens, share)]
 
 
-def _items(plan: RankPlan) -> list[tuple[int, Item]]:
-    """Returns each item with the position of its prompt."""
-    return [(bundle.prompt, item) for bundles in plan.micro_batches for bundle in bundles for item in bundle.items]
+def _items(plan: RankPlan) -> list[tuple[Bundle, Item]]:
+    """Returns each item with its bundle."""
+    return [(bundle, item) for bundles in plan.micro_batches for bundle in bundles for item in bundle.items]
 
 
 # Plans. Payloads are named by strings, as references would be: equal exactly if they are the same.
@@ -81,11 +81,11 @@ def _experiences(draw: st.DrawFn, with_reference: bool = False) -> list[Experien
     experiences = []
     for g in range(draw(st.integers(1, 5))):
         rollouts: list[Rollout] = []
-        for p in range(draw(st.integers(1, 3))):
-            for position in range(draw(st.integers(1, 3))):
-                facts = CompletionFacts(draw(st.integers(1, 12)), 0, 0, "stop")
-                rollouts.append(Rollout(f"payload {g} {p}", position, facts, Verdict.from_reward(1.0)))
-        group = Group(g, f"train/{g}", f"prompt {g}", draw(st.integers(1, 6)), 0, tuple(rollouts))
+        for _ in range(draw(st.integers(1, 9))):
+            facts = CompletionFacts(draw(st.integers(1, 12)), 0, 0, "stop")
+            rollouts.append(Rollout(facts, Verdict.from_reward(1.0)))
+        replica = draw(st.integers(0, 3))
+        group = Group(g, f"train/{g}", f"payload {g}", draw(st.integers(1, 6)), 0, replica, tuple(rollouts))
         advantages = tuple(100.0 * g + i if draw(st.booleans()) else None for i in range(len(rollouts)))
         experiences.append(Experience(group, advantages, f"reference {g}" if with_reference else None))
     return experiences
@@ -96,18 +96,17 @@ def _trained(experiences: list[Experience]) -> list[tuple[Experience, int]]:
 
 
 @given(experiences=_experiences(), ranks=st.integers(1, 4), max_tokens=st.integers(1, 60), share=st.booleans())
-def test_pack_rollouts_that_are_trained_on_come_out_once_with_their_payload_and_advantage(
+def test_pack_rollouts_that_are_trained_on_come_out_once_with_their_payload_replica_and_advantage(
     experiences: list[Experience], ranks: int, max_tokens: int, share: bool
 ) -> None:
     packed = Counter(
-        (payloads[prompt], payloads[item.completion[0]], item.completion[1], item.advantage, item.num_tokens)
+        (payloads[bundle.payload], bundle.replica, item.sample, item.advantage, item.num_tokens)
         for plan, payloads in _pack(experiences, ranks, max_tokens, share)
-        for prompt, item in _items(plan)
+        for bundle, item in _items(plan)
     )
     expected = Counter(
-        (e.group.prompt, r.payload, r.position, e.advantages[i], r.facts.num_tokens)
+        (e.group.payload, e.group.replica, i, e.advantages[i], e.group.rollouts[i].facts.num_tokens)
         for e, i in _trained(experiences)
-        for r in [e.group.rollouts[i]]
     )
     assert packed == expected
 
@@ -137,19 +136,20 @@ def test_pack_micro_batches_are_as_many_on_every_rank_and_within_the_budget(
             ]
             assert sum(tokens) <= max_tokens or (len(bundles) == 1 and len(bundles[0].items) == 1)
             for bundle in bundles:
-                assert payloads[bundle.prompt] == groups[bundle.group_id].prompt
+                assert payloads[bundle.payload] == groups[bundle.group_id].payload
                 assert share or len(bundle.items) == 1
 
 
 def test_pack_shares_a_prompt_by_its_groups_completions() -> None:
     facts = [CompletionFacts(n, 0, 0, "stop") for n in (3, 5)]
-    rollouts = tuple(Rollout("payload", i, known, Verdict.from_reward(1.0)) for i, known in enumerate(facts))
-    experience = Experience(Group(7, "train/0", "prompt", 10, 0, rollouts), (1.0, -1.0))
+    rollouts = tuple(Rollout(known, Verdict.from_reward(1.0)) for known in facts)
+    experience = Experience(Group(7, "train/0", "payload", 10, 0, 2, rollouts), (1.0, -1.0))
     # 10 + 5 + 3 tokens in one micro-batch, where two copies of the prompt would need two.
     [(plan, _)] = _pack([experience], 1, 18, True)
     [[bundle]] = plan.micro_batches
     assert [item.num_tokens for item in bundle.items] == [5, 3]
-    assert bundle.group_id == 7
+    assert [item.sample for item in bundle.items] == [1, 0]
+    assert (bundle.group_id, bundle.replica) == (7, 2)
     [(plan, _)] = _pack([experience], 1, 18, False)
     assert [len(bundles) for bundles in plan.micro_batches] == [1, 1]
 
@@ -164,52 +164,35 @@ def test_pack_sends_a_rank_each_payload_once_and_none_that_it_does_not_use(
     experiences: list[Experience], ranks: int, max_tokens: int, share: bool
 ) -> None:
     for plan, payloads in _pack(experiences, ranks, max_tokens, share):
-        used = {p for prompt, item in _items(plan) for p in (prompt, item.completion[0], (item.reference or (0, 0))[0])}
+        used = {position for bundle, _ in _items(plan) for position in (bundle.payload, bundle.reference)}
         assert used == set(range(len(payloads)))
         assert len(set(payloads)) == len(payloads)
 
 
-@given(experiences=_experiences(with_reference=True), ranks=st.integers(1, 4))
-def test_pack_reference_is_the_rollouts_place_in_its_group(experiences: list[Experience], ranks: int) -> None:
-    for plan, payloads in _pack(experiences, ranks, 60, True):
-        for _, item in _items(plan):
-            assert item.reference is not None
+@given(experiences=_experiences(with_reference=True), ranks=st.integers(1, 4), share=st.booleans())
+def test_pack_reference_is_the_groups_and_an_item_the_rollouts_place_in_it(
+    experiences: list[Experience], ranks: int, share: bool
+) -> None:
+    for plan, payloads in _pack(experiences, ranks, 60, share):
+        for bundle, item in _items(plan):
+            assert bundle.reference is not None
             # The advantages above number the rollouts of a group: 100 · group + place.
             group, place = divmod(int(item.advantage), 100)
-            assert (payloads[item.reference[0]], item.reference[1]) == (f"reference {group}", place)
-
-
-def test_pack_reference_of_rollouts_in_another_order_than_they_ended() -> None:
-    facts = [CompletionFacts(2, 0, 0, "stop", sample) for sample in range(3)]
-    # The second sample ended first, alone; then the third with the first.
-    ended = [("first", 0), ("first", 1), ("second", 0)]
-    by_sample = [ended[1], ended[2], ended[0]]
-    rollouts = tuple(
-        Rollout(*place, known, Verdict.from_reward(1.0)) for place, known in zip(by_sample, facts, strict=True)
-    )
-    group = Group(0, "train/0", "prompt", 4, 0, rollouts)
-    # The lists one after the other: "first" has places 0 and 1, "second" has 2.
-    assert (group.payloads, group.places) == (["first", "second"], [1, 2, 0])
-    [((plan,), payloads)] = pack([Experience(group, (1.0, -1.0, 0.5), "reference")], 1, 100, True)
-    [[bundle]] = plan.micro_batches
-    assert {item.advantage: item.reference and item.reference[1] for item in bundle.items} == {1.0: 1, -1.0: 2, 0.5: 0}
+            assert (payloads[bundle.reference], item.sample) == (f"reference {group}", place)
 
 
 @given(experiences=_experiences(), ranks=st.integers(1, 4))
 def test_pack_without_kl_has_no_reference(experiences: list[Experience], ranks: int) -> None:
-    assert all(item.reference is None for plan, _ in _pack(experiences, ranks, 60, True) for _, item in _items(plan))
+    plans = _pack(experiences, ranks, 60, True)
+    assert all(bundle.reference is None for plan, _ in plans for bundle, _ in _items(plan))
 
 
 def test_pack_updates_take_whole_groups_in_order_and_share_the_payloads() -> None:
-    facts = CompletionFacts(2, 0, 0, "stop")
-    experiences = [
-        Experience(
-            Group(g, f"train/{g}", "prompt", 3, 0, (Rollout("payload", g, facts, Verdict.from_reward(1.0)),)), (1.0,)
-        )
-        for g in range(4)
-    ]
+    rollouts = (Rollout(CompletionFacts(2, 0, 0, "stop"), Verdict.from_reward(1.0)),)
+    # Of four groups, the payloads of two: what an update has in common with one before it is sent once.
+    experiences = [Experience(Group(g, f"train/{g}", f"payload {g % 2}", 3, 0, 0, rollouts), (1.0,)) for g in range(4)]
     [(plans, payloads)] = pack(experiences, 1, 100, True, updates=2)
     groups = [[b.group_id for bundles in plan.micro_batches for b in bundles] for plan in plans]
     assert groups == [[0, 1], [2, 3]]
     assert [plan.batch_tokens for plan in plans] == [4, 4]
-    assert payloads == ("prompt", "payload")
+    assert payloads == ("payload 0", "payload 1")

@@ -12,7 +12,17 @@ import yaml
 from safetensors.numpy import save_file
 
 from maspo_ray.cli import main
-from maspo_ray.experience import Completion, CompletionFacts, Experience, Group, Prompt, Rollout, Verdict, VersionSpan
+from maspo_ray.experience import (
+    Completion,
+    CompletionFacts,
+    Experience,
+    Group,
+    Prompt,
+    Rollout,
+    SampledGroup,
+    Verdict,
+    VersionSpan,
+)
 from maspo_ray.packing import pack
 from maspo_ray.replay.model_difference import ModelDifference
 from maspo_ray.replay.plan import plan_replay
@@ -61,9 +71,9 @@ def _record(paths: RunPaths, step: int) -> None:
     prompt = Prompt("rows/0", "", np.array([1, 2], np.int32), "")
     logprobs = np.array([-0.5, -1.0], np.float32)
     completion = Completion(np.array([3, 4], np.int32), logprobs, (VersionSpan(0, 0, 2),), "stop", "")
-    rollout = Rollout("payload", 0, CompletionFacts.of(completion), Verdict.from_reward(1.0))
-    batch = [Experience(Group(0, "rows/0", "prompt", 2, 0, (rollout,)), (0.5,))]
-    values = {"prompt": prompt, "payload": [completion]}
+    rollout = Rollout(CompletionFacts.of(completion), Verdict.from_reward(1.0))
+    batch = [Experience(Group(0, "rows/0", "payload", 2, 0, 0, (rollout,)), (0.5,))]
+    values = {"payload": SampledGroup(prompt, (completion,))}
     write_step(paths.step_record(step), step, step - 1, batch, pack(batch, 1, 64, True), values)
 
 

@@ -138,3 +138,44 @@ def test_span_takes_the_lowest_lane_that_is_free(choices: list[int]) -> None:
             running.append((line.span("rollout/0", "generate"), min(set(range(len(busy) + 1)) - busy)))
             running[-1][0].__enter__()
     assert [event["tid"] for event in events if event.get("name") == "generate"] == expected
+
+
+def test_add_past_is_drawn_by_the_runs_clock_and_counts_in_the_total() -> None:
+    line, clock, events = _timeline()
+    clock.now = 110.0
+    line.track("reward/2").add_past("score", 101.0, 103.5)
+    assert events[0]["args"] == {"name": "reward/2"}
+    assert events[1:] == [
+        {"ph": "X", "name": "score", "pid": 0, "tid": 0, "ts": 1_000_000, "dur": 2_500_000, "args": {}}
+    ]
+    # Too short to be drawn, it counts all the same.
+    line.track("reward/0").add_past("score", 104.0, 104.001)
+    assert len(events) == 2
+    assert line.totals() == {"reward": {"score": pytest.approx(2.501)}}
+
+
+def test_add_past_uses_a_lane_again_once_it_is_free() -> None:
+    line, _, events = _timeline()
+    track = line.track("reward/0")
+    for started, ended in ((100.0, 103.0), (101.0, 102.0), (102.0, 105.0), (103.0, 104.0), (103.5, 106.0)):
+        track.add_past("score", started, ended)
+    drawn = [event["tid"] for event in events if event["ph"] == "X"]
+    # The second's lane is free at 102, the first's at 103; at 103.5 both are taken.
+    assert drawn == [0, 1, 1, 0, 2]
+
+
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(1, 10)), max_size=40))
+def test_add_past_of_spans_told_of_in_any_order_lets_none_of_a_lane_overlap(spans: list[tuple[int, int]]) -> None:
+    line, _, events = _timeline()
+    track = line.track("reward/0")
+    for started, seconds in spans:
+        track.add_past("score", 100.0 + started, 100.0 + started + seconds)
+    drawn = [(event["tid"], event["ts"], event["ts"] + event["dur"]) for event in events if event["ph"] == "X"]
+    assert len(drawn) == len(spans)
+    by_lane: dict[int, list[tuple[int, int]]] = {}
+    for lane, started, ended in drawn:
+        by_lane.setdefault(lane, []).append((started, ended))
+    for own in by_lane.values():
+        own.sort()
+        assert all(before[1] <= after[0] for before, after in zip(own, own[1:], strict=False))
+    assert sum(line.totals().get("reward", {}).values()) == sum(seconds for _, seconds in spans)
