@@ -102,24 +102,29 @@ class VLLMRollout:
     async def sample(
         self, token_ids: NDArray[np.int32], *, sampling: Sampling, seed: int | None, cache_key: str
     ) -> Completion:
-        from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
-        from vllm.sampling_params import RequestOutputKind
 
-        parameters = SamplingParams(
-            temperature=sampling.temperature,
-            max_tokens=sampling.max_new_tokens,
-            seed=seed,
-            logprobs=0,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
         self._num_requests += 1
+        parameters = self._parameters(sampling, seed)
         # A request that runs through an update keeps its blocks, computed under the weights before; the salt keeps others from them.
         inputs = TokensPrompt(prompt_token_ids=token_ids.tolist(), cache_salt=cache_key)
         # Cancelled, the request is aborted in the engine.
         outputs = [output async for output in self._engine.generate(inputs, parameters, str(self._num_requests))]
         assert outputs and outputs[-1].finished, "the engine ended a request without its last output"
         return completion_of(outputs[-1].outputs[0])
+
+    def _parameters(self, sampling: Sampling, seed: int | None) -> Any:
+        """Returns vLLM's sampling parameters of one completion."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            temperature=sampling.temperature,
+            max_tokens=sampling.max_new_tokens,
+            seed=seed,
+            logprobs=0,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
 
     async def check(self) -> None:
         await self._engine.check_health()

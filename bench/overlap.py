@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.vllm_rollout import VLLMRollout
+from maspo_ray.experience import Sampling
 
 ONE_IN, TIMES_LONGER = 50, 20
 
@@ -45,8 +46,8 @@ class FixedLengths(VLLMRollout):
         self._tail_tokens = tail_tokens
         self._num_asked = 0
 
-    def _parameters(self, temperature: float, max_new_tokens: int, seed: int | None) -> Any:
-        parameters = super()._parameters(temperature, max_new_tokens, seed)
+    def _parameters(self, sampling: Sampling, seed: int | None) -> Any:
+        parameters = super()._parameters(sampling, seed)
         parameters.ignore_eos = True
         self._num_asked += 1
         parameters.max_tokens = self._tail_tokens if self._num_asked % ONE_IN == 0 else self._tokens

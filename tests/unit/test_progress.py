@@ -37,7 +37,7 @@ def _plain_steps(total: int, done: int, seconds_a_step: float) -> list[str]:
 def test_progress_plain_line_holds_the_facts() -> None:
     clock, stream = _Clock(), io.StringIO()
     with Progress(10, "plain", stream, clock) as progress:
-        progress.evaluated(0, 0.412)
+        progress.evaluated(0, 0.412, (0, 0))
         progress.update(1, METRICS)
         clock.now_s += 30.0
         progress.update(2, METRICS)
@@ -77,9 +77,16 @@ def test_progress_off_writes_nothing() -> None:
     stream = _Terminal()
     with Progress(2, "off", stream) as progress:
         progress.note("starting")
-        progress.evaluated(0, 0.5)
+        progress.evaluated(0, 0.5, (0, 0))
         progress.update(1, METRICS)
     assert stream.getvalue() == ""
+
+
+def test_progress_says_over_which_versions_an_evaluation_ran() -> None:
+    stream = io.StringIO()
+    with Progress(10, "plain", stream, _Clock()) as progress:
+        progress.evaluated(4, 0.5, (4, 6))
+    assert stream.getvalue() == "held-out accuracy after step 4 (versions 4 to 6): 50.0 %\n"
 
 
 @pytest.mark.parametrize(("mode", "live"), [("auto", True), ("plain", False)])

@@ -1,156 +1,71 @@
-"""The watch over completions that could not be scored, and which engine a group goes to."""
+"""Which engine a prompt goes to, and what comes back of it; with the real table and fake handles, without Ray."""
 
 import asyncio
-import logging
-from collections.abc import AsyncIterator
+from collections.abc import Awaitable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
-from maspo_ray.errors import RunError
-from maspo_ray.experience import CompletionFacts, Outcome, Verdict
+from maspo_ray.errors import ActorLate
+from maspo_ray.experience import CompletionFacts, Prompt, Sampling, Verdict
+from maspo_ray.hosts.engine_table import EngineTable, ReplicaState
+from maspo_ray.hosts.messages import Beat, Ended, Expired, Priority, SampleRequest, ScoreCall
 from maspo_ray.rollouts.error_watch import ErrorWatch
 from maspo_ray.rollouts.pool import RolloutPool
 from maspo_ray.run_dir.timeline import Timeline
 
-GOOD = Verdict(1.0, True)
+FACTS = CompletionFacts(3, 2, 2, "stop")
 
 
-def _failed(cause: str = "ValueError: no", outcome: Outcome = Outcome.ERROR) -> Verdict:
-    return Verdict.unscored(outcome, cause)
-
-
-def _add(watch: ErrorWatch, verdict: Verdict, times: int) -> None:
-    for _ in range(times):
-        watch.add(verdict, "training")
-
-
-def test_watch_counts_errors_and_timeouts_alike() -> None:
-    watch = ErrorWatch(1.0)
-    for verdict in (GOOD, _failed(), _failed(outcome=Outcome.TIMEOUT), GOOD):
-        watch.add(verdict, "training")
-    assert watch.errors == 2
-
-
-def test_watch_too_large_a_share_stops_the_run_with_the_most_frequent_cause() -> None:
-    watch = ErrorWatch(0.1)
-    _add(watch, GOOD, 36)
-    watch.add(_failed("KeyError: 'first'"), "training")
-    _add(watch, _failed("ValueError: later"), 3)  # 4 of 40 is exactly 0.1, which is allowed
-    with pytest.raises(RunError) as caught:
-        watch.add(_failed("ValueError: later"), "training")
-    assert str(caught.value) == (
-        "5 of the last 41 completions could not be scored, more than reward.max_error_rate (0.1) allows; the most frequent "
-        "cause, 4 of 5, was: ValueError: later. Mend the reward, or raise reward.max_error_rate."
-    )
-
-
-def test_watch_cause_that_has_left_the_window_is_not_named() -> None:
-    watch = ErrorWatch(0.1)
-    _add(watch, GOOD, 400)
-    _add(watch, _failed("OSError: long ago"), 20)
-    _add(watch, GOOD, 256)
-    _add(watch, _failed("ValueError: now"), 25)  # 25 of 256 is below 0.1
-    with pytest.raises(RunError, match="the most frequent cause, 26 of 26, was: ValueError: now"):
-        watch.add(_failed("ValueError: now"), "training")
-
-
-def test_watch_evaluations_faults_are_counted_apart_and_end_no_run() -> None:
-    watch = ErrorWatch(0.0)
-    for _ in range(300):
-        watch.add(_failed("KeyError: 'held-out'"), "evaluation")
-    assert (watch.errors, watch.evaluation_errors) == (0, 300)
-    # An evaluation's good ones do not thin out training's: 1 of 32 is judged at the 32nd of training.
-    watch.add(GOOD, "evaluation")
-    _add(watch, GOOD, 31)
-    with pytest.raises(RunError, match="^1 of the last 32 .* 1 of 1, was: ValueError: no"):
-        watch.add(_failed(), "training")
-    assert (watch.errors, watch.evaluation_errors) == (1, 300)
-
-
-def test_watch_judges_from_the_32nd_completion() -> None:
-    watch = ErrorWatch(0.0)
-    _add(watch, _failed(), 31)
-    with pytest.raises(RunError, match="^32 of the last 32 "):
-        watch.add(_failed(), "training")
-
-
-def test_watch_judges_the_last_256_only() -> None:
-    watch = ErrorWatch(0.5)
-    _add(watch, GOOD, 128)
-    _add(watch, _failed(), 128)  # 128 of 256 is exactly 0.5
-    _add(watch, GOOD, 256)  # and gone
-    _add(watch, _failed(), 128)
-    with pytest.raises(RunError, match="^129 of the last 256 "):
-        watch.add(_failed(), "training")
-    assert watch.errors == 128 + 128 + 1
-
-
-def test_watch_rate_of_one_never_stops() -> None:
-    watch = ErrorWatch(1.0)
-    _add(watch, _failed(), 600)
-    assert watch.errors == 600
-
-
-@example(failures=[True] + [False] * 40, rate=0.0)
-@example(failures=[True] * 31 + [False] + [True], rate=0.9)
-@given(failures=st.lists(st.booleans(), max_size=600), rate=st.sampled_from([0.0, 0.05, 0.5, 0.9]))
-def test_watch_stops_at_the_first_failure_that_makes_the_share_too_large(failures: list[bool], rate: float) -> None:
-    def too_many(end: int) -> bool:
-        recent = failures[max(0, end - 256) : end]
-        return failures[end - 1] and len(recent) >= 32 and sum(recent) / len(recent) > rate
-
-    expected = next((end for end in range(1, len(failures) + 1) if too_many(end)), None)
-    watch, stopped = ErrorWatch(rate), None
-    for end, failed in enumerate(failures, start=1):
-        try:
-            watch.add(_failed() if failed else GOOD, "training")
-        except RunError:
-            stopped = end
-            break
-    assert stopped == expected
-
-
-def test_watch_logs_causes_ever_more_rarely_by_purpose(caplog: pytest.LogCaptureFixture) -> None:
-    watch = ErrorWatch(1.0)
-    with caplog.at_level(logging.WARNING):
-        for i in range(1, 10):
-            watch.add(_failed(f"cause {i}"), "training")
-            watch.add(GOOD, "training")
-        for i in range(1, 4):
-            watch.add(_failed(f"held-out {i}"), "evaluation")
-    assert [record.getMessage() for record in caplog.records] == [
-        *(f"completions that could not be scored: {i}; the latest: cause {i}" for i in (1, 2, 4, 8)),
-        *(f"completions of evaluations that could not be scored: {i}; the latest: held-out {i}" for i in (1, 2)),
-    ]
+def _prompt(tokens: int) -> Prompt:
+    return Prompt("p/0", "", np.zeros(tokens, np.int32), None)
 
 
 class _Engines:
-    """Rollout handles whose completions end when the test says so; knows which engine each group went to."""
+    """Rollout actors whose requests end when the test says so; know which engine each went to."""
 
     def __init__(self, count: int) -> None:
-        self.groups: list[tuple[int, asyncio.Queue[int]]] = []
-        self.handles = [SimpleNamespace(generate=SimpleNamespace(options=self._remote(i))) for i in range(count)]
+        self.asked: list[tuple[int, SampleRequest, asyncio.Future[Any]]] = []
+        self.beats: list[Beat] = [Beat(0.5, 2.0, 7, 0, {}) for _ in range(count)]
+        self.oldest_versions: list[int | None] = []
 
-    def _remote(self, engine: int) -> Any:
-        return lambda **_: SimpleNamespace(remote=lambda *_, seeds, **__: self._start(engine, len(seeds)))
+    def handle(self, role: str, replica: int) -> Any:
+        assert role == "rollout"
 
-    def _start(self, engine: int, samples: int) -> AsyncIterator[Any]:
-        ended: asyncio.Queue[int] = asyncio.Queue()
-        self.groups.append((engine, ended))
-        return self._stream(ended, samples)
+        def sample(request: SampleRequest) -> tuple[str, Awaitable[Any]]:
+            answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+            self.asked.append((replica, request, answer))
+            return f"payload of {request.request_id}", answer
 
-    async def _stream(self, ended: asyncio.Queue[int], samples: int) -> AsyncIterator[Any]:
-        for sample in range(samples):
-            await ended.get()
-            yield object()
-            yield asyncio.sleep(0, [CompletionFacts(1, 0, 0, "stop", sample)])
+        def beat(oldest_version: int | None) -> Awaitable[Beat]:
+            self.oldest_versions.append(oldest_version)
+            return asyncio.sleep(0, self.beats[replica])
+
+        remote = SimpleNamespace(remote=sample)
+        return SimpleNamespace(
+            sample=SimpleNamespace(options=lambda num_returns: remote), beat=SimpleNamespace(remote=beat)
+        )
+
+    def count(self, role: str) -> int:
+        return len(self.beats)
 
 
-# How many tokens the prompt of a group that starts has, or which of the groups is to end a completion.
+def _pool(
+    engines: _Engines, timeout_s: float = 60.0, answer_s: float = 5.0, errors: ErrorWatch | None = None
+) -> RolloutPool:
+    table = EngineTable(engines.count("rollout"))
+    return RolloutPool(engines, table, errors or ErrorWatch(1.0), Timeline(lambda _: None), timeout_s, answer_s)
+
+
+def _ended(count: int, reward: float = 1.0) -> Ended:
+    return Ended((FACTS,) * count, (Verdict.from_reward(reward),) * count)
+
+
+# How many tokens the prompt of a request that starts has, or which of them is to end.
 ACTIONS = st.lists(
     st.one_of(st.tuples(st.just("start"), st.integers(1, 9)), st.tuples(st.just("end"), st.integers(0, 20)))
 )
@@ -161,30 +76,162 @@ def test_sample_goes_to_the_first_engine_with_the_fewest_outstanding_tokens(
     num_engines: int, actions: list[tuple[str, int]]
 ) -> None:
     samples, new_tokens = 2, 3
-    verdicts = SimpleNamespace(future=lambda: asyncio.ensure_future(asyncio.sleep(0, [GOOD])))
-    engines, reward = _Engines(num_engines), SimpleNamespace(remote=lambda *_: verdicts)
+    engines = _Engines(num_engines)
     expected: list[int] = []
 
     async def run() -> None:
-        pool = RolloutPool(engines.handles, [SimpleNamespace(score=reward)], ErrorWatch(1.0), Timeline(lambda _: None))
+        pool = _pool(engines)
         outstanding = [0] * num_engines
-        running: dict[int, list[int]] = {}
+        running: dict[int, int] = {}
         async with asyncio.TaskGroup() as tasks:
-            for what, number in [
-                *actions,
-                *(("end", i) for i in range(len(actions)) for _ in range(samples)),
-            ]:
+            for what, number in [*actions, *(("end", i) for i in range(len(actions)))]:
                 if what == "start":
                     expected.append(outstanding.index(min(outstanding)))
-                    running[len(expected) - 1] = [number + new_tokens] * samples
+                    running[len(expected) - 1] = samples * (number + new_tokens)
                     outstanding[expected[-1]] += samples * (number + new_tokens)
-                    sample = pool.sample(None, number, temperature=1.0, max_new_tokens=new_tokens, seeds=[1] * samples)
-                    tasks.create_task(sample)
-                elif running.get(number):
-                    outstanding[expected[number]] -= running[number].pop()
-                    engines.groups[number][1].put_nowait(0)
-                for _ in range(8):
+                    sampling = Sampling(1.0, new_tokens)
+                    tasks.create_task(pool.sample(_prompt(number), sampling, [1] * samples))
+                elif number in running:
+                    outstanding[expected[number]] -= running.pop(number)
+                    engines.asked[number][2].set_result(_ended(samples))
+                for _ in range(6):
                     await asyncio.sleep(0)
+        assert [pool.table.outstanding(i) for i in range(num_engines)] == [0] * num_engines
 
     asyncio.run(run())
-    assert [engine for engine, _ in engines.groups] == expected
+    assert [engine for engine, *_ in engines.asked] == expected
+
+
+def test_sample_of_an_engine_that_is_updating_waits_for_none_that_is_up() -> None:
+    async def run() -> list[int]:
+        engines = _Engines(3)
+        pool = _pool(engines)
+        pool.table.set_state([0, 1], ReplicaState.UPDATING)
+        tasks = [asyncio.ensure_future(pool.sample(_prompt(1), Sampling(1.0, 4), [1])) for _ in range(3)]
+        await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        return [engine for engine, *_ in engines.asked]
+
+    assert asyncio.run(run()) == [2, 2, 2]
+
+
+def test_sample_returns_the_payload_unread_its_engine_and_the_rollouts() -> None:
+    async def run() -> None:
+        engines, events = _Engines(2), []
+        timeline = Timeline(events.append, iter(range(100, 200)).__next__)
+        pool = RolloutPool(engines, EngineTable(2), ErrorWatch(1.0), timeline, 60.0, 5.0)
+        task = asyncio.ensure_future(
+            pool.sample(_prompt(2), Sampling(0.5, 4), [5, 6], Priority.PROBE, scored=True, replica=1)
+        )
+        await asyncio.sleep(0)
+        [(replica, request, answer)] = engines.asked
+        assert (replica, request.seeds, request.priority, request.sampling) == (
+            1,
+            (5, 6),
+            Priority.PROBE,
+            Sampling(0.5, 4),
+        )
+        answer.set_result(
+            Ended((FACTS, FACTS), (Verdict.from_reward(1.0), Verdict.from_reward(0.0)), (ScoreCall(3, 2.0, 0.5),))
+        )
+        sampled = await task
+        assert sampled is not None
+        assert (sampled.payload, sampled.replica) == (f"payload of {request.request_id}", 1)
+        assert [rollout.verdict.reward for rollout in sampled.rollouts] == [1.0, 0.0]
+        assert timeline.totals()["reward"] == {"score": 1.5}
+        assert pool.describe() == "none with an engine"
+
+    asyncio.run(run())
+
+
+def test_sample_that_an_engine_ended_for_its_age_is_none() -> None:
+    async def run() -> None:
+        engines = _Engines(1)
+        pool = _pool(engines)
+        task = asyncio.ensure_future(pool.sample(_prompt(2), Sampling(1.0, 4), [5]))
+        await asyncio.sleep(0)
+        engines.asked[0][2].set_result(Expired())
+        assert await task is None
+
+    asyncio.run(run())
+
+
+def test_sample_of_an_engine_that_fails_raises_and_takes_its_work_off_the_table() -> None:
+    async def run() -> None:
+        engines = _Engines(1)
+        pool = _pool(engines)
+        task = asyncio.ensure_future(pool.sample(_prompt(2), Sampling(1.0, 4), [5]))
+        await asyncio.sleep(0)
+        engines.asked[0][2].set_exception(RuntimeError("the engine is out of blocks"))
+        with pytest.raises(RuntimeError, match="out of blocks"):
+            await task
+        assert pool.table.outstanding(0) == 0
+
+    asyncio.run(run())
+
+
+def test_sample_counts_a_reward_s_faults_by_what_it_was_for() -> None:
+    async def run() -> None:
+        errors = ErrorWatch(1.0)
+        engines = _Engines(1)
+        pool = _pool(engines, errors=errors)
+        for priority in (Priority.PROBE, Priority.TRAINING, Priority.PROBE):
+            task = asyncio.ensure_future(pool.sample(_prompt(2), Sampling(1.0, 4), [5], priority))
+            await asyncio.sleep(0)
+            unscored = Verdict(float("nan"), False, cause="no", outcome="error")  # type: ignore[arg-type]
+            engines.asked[-1][2].set_result(Ended((FACTS,), (unscored,)))
+            await task
+        assert (errors.errors, errors.evaluation_errors) == (1, 2)
+
+    asyncio.run(run())
+
+
+def test_beat_gives_idle_share_and_tokens_and_takes_what_is_done_off_the_table() -> None:
+    async def run() -> None:
+        engines = _Engines(2)
+        pool = _pool(engines)
+        task = asyncio.ensure_future(pool.sample(_prompt(2), Sampling(1.0, 4), [5, 6, 7]))
+        await asyncio.sleep(0)
+        assert pool.table.outstanding(0) == 3 * 6
+        request_id = engines.asked[0][1].request_id
+        engines.beats = [Beat(1.0, 4.0, 10, 2, {request_id: 1}), Beat(4.0, 4.0, 0, 0, {})]
+        beats = await pool.beat(7)
+        # ¼ and 1 of the time; one of three completions is left.
+        assert (beats.idle_share, beats.tokens) == (0.625, 10)
+        assert pool.table.outstanding(0) == 6
+        assert engines.oldest_versions == [7, 7]
+        engines.asked[0][2].set_result(_ended(3))
+        await task
+        assert pool.table.outstanding(0) == 0
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("ends_some", [False, True])
+def test_check_silence_ends_the_run_where_an_engine_ends_nothing(ends_some: bool) -> None:
+    async def run() -> None:
+        engines = _Engines(2)
+        pool = _pool(engines, timeout_s=0.1)
+        task = asyncio.ensure_future(pool.sample(_prompt(2), Sampling(1.0, 4), [5, 6]))
+        await asyncio.sleep(0.15)
+        engines.beats[0] = Beat(0.0, 1.0, 3, int(ends_some), {})
+        if ends_some:
+            await pool.check_silence()
+        else:
+            with pytest.raises(ActorLate, match=r"^rollout/0 has ended no completion for .* rollout.timeout_s is 0.1"):
+                await pool.check_silence()
+        task.cancel()
+
+    asyncio.run(run())
+
+
+def test_check_silence_of_engines_without_work_asks_nobody() -> None:
+    async def run() -> list[int | None]:
+        engines = _Engines(2)
+        pool = _pool(engines, timeout_s=0.0)
+        await pool.check_silence()
+        return engines.oldest_versions
+
+    assert asyncio.run(run()) == []

@@ -1,0 +1,105 @@
+"""What parity compares, and which differences end a run."""
+
+import asyncio
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from maspo_ray.config import RolloutConfig
+from maspo_ray.errors import RunError
+from maspo_ray.evaluation.parity import ParityBounds, ParityProbe, difference, joined
+from maspo_ray.experience import Completion, Parity, Prompt, SampledGroup, VersionSpan
+from maspo_ray.hosts.messages import Priority
+
+
+def test_difference_is_over_the_tokens() -> None:
+    # |Δ| is 0.5, 0.25 and 0.0: largest 0.5, mean 0.75 / 3 = 0.25.
+    a, b = np.array([-1.0, -2.0, -3.0], np.float32), np.array([-1.5, -1.75, -3.0], np.float32)
+    assert difference(a, b) == Parity(0.5, 0.25, 3)
+
+
+def test_joined_weighs_by_tokens_and_keeps_the_largest() -> None:
+    # (0.1 · 1 + 0.4 · 3) / 4 = 0.325
+    assert joined([Parity(0.1, 0.1, 1), Parity(0.5, 0.4, 3)]) == Parity(0.5, pytest.approx(0.325), 4)
+
+
+def test_joined_of_a_nan_is_nan_wherever_it_stands() -> None:
+    odd = Parity(math.nan, math.nan, 1)
+    for parities in ([odd, Parity(0.1, 0.1, 1)], [Parity(0.1, 0.1, 1), odd]):
+        assert math.isnan(joined(parities).max) and math.isnan(joined(parities).mean)
+
+
+def test_bound_in_float32_is_on_the_largest_and_names_the_engine() -> None:
+    bounds = ParityBounds("float32", None)
+    bounds.check(4, {0: Parity(9e-4, 1e-5, 8), 1: Parity(1e-3, 1e-5, 8)})
+    with pytest.raises(RunError, match=r"^parity is 0.0011 between the learner and rollout/1 at version 5; the max "):
+        bounds.check(5, {0: Parity(9e-4, 1e-5, 8), 1: Parity(1.1e-3, 1e-5, 8)})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bound_of_what_is_not_a_number_ends_the_run(dtype: Any) -> None:
+    with pytest.raises(RunError, match="^parity is nan"):
+        ParityBounds(dtype, None).check(1, {0: Parity(math.nan, math.nan, 300)})
+
+
+def test_bound_in_bfloat16_is_three_times_what_it_was_at_the_start() -> None:
+    bounds = ParityBounds("bfloat16", None)
+    bounds.check(0, {0: Parity(0.3, 0.01, 256)})
+    bounds.check(1, {0: Parity(0.3, 0.029, 256)})
+    with pytest.raises(RunError, match=r"may be at most 0.03\."):
+        bounds.check(2, {0: Parity(0.3, 0.031, 256)})
+
+
+def test_bound_in_bfloat16_waits_for_tokens_enough_to_say_something_of_a_mean() -> None:
+    bounds = ParityBounds("bfloat16", None)
+    bounds.check(0, {0: Parity(0.3, 0.01, 256)})
+    # One odd token of eight: (8 · 0.05 + 248 · 0.01) / 256 = 0.01125.
+    bounds.check(1, {0: Parity(0.3, 0.05, 8)})
+    bounds.check(2, {0: Parity(0.3, 0.01, 248)})
+    bounds.check(3, {0: Parity(0.3, 0.05, 128)})
+    with pytest.raises(RunError, match=r"^parity is 0.05 "):
+        bounds.check(4, {0: Parity(0.3, 0.05, 128)})
+
+
+def test_bound_in_bfloat16_of_a_wrong_engine_ends_the_run_at_once() -> None:
+    with pytest.raises(RunError, match=r"^parity is 0.11 .* may be at most 0.1\."):
+        ParityBounds("bfloat16", None).check(0, {0: Parity(0.3, 0.11, 8)})
+
+
+def test_bound_of_the_config_has_the_last_word() -> None:
+    ParityBounds("float32", 0.5).check(0, {0: Parity(0.4, 0.4, 8)})
+    with pytest.raises(RunError, match="may be at most 0.2"):
+        ParityBounds("bfloat16", 0.2).check(0, {0: Parity(0.4, 0.21, 8)})
+
+
+def test_probe_lets_each_engine_sample_each_prompt_and_compares_it_by_itself() -> None:
+    prompts = [Prompt(f"p/{i}", "", np.arange(2 + i, dtype=np.int32), None) for i in range(2)]
+    asked: list[tuple[int, int, int]] = []
+
+    class _Pool:
+        async def sample(
+            self, prompt: Prompt, sampling: Any, seeds: Any, priority: Any, *, scored: bool, replica: int
+        ) -> Any:
+            assert (priority, scored, len(seeds)) == (Priority.PROBE, False, 1)
+            asked.append((replica, len(prompt.token_ids), sampling.max_new_tokens))
+            logprobs = np.full(3, -1.0 - replica / 10, np.float32)
+            completion = Completion(np.zeros(3, np.int32), logprobs, (VersionSpan(0, 0, 3),), "stop", "")
+
+            async def payload() -> SampledGroup:
+                return SampledGroup(prompt, (completion,))
+
+            return SimpleNamespace(payload=payload())
+
+    class _Learner:
+        async def logprobs(self, pairs: Any) -> Any:
+            return [np.full(len(completion), -1.0, np.float32) for _, completion in pairs]
+
+    pool: Any = _Pool()
+    probe = ParityProbe(pool, _Learner(), prompts, RolloutConfig(max_new_tokens=200))
+    found = asyncio.run(probe.compare([0, 2]))
+    assert sorted(asked) == [(0, 2, 64), (0, 3, 64), (2, 2, 64), (2, 3, 64)]
+    assert found[0] == Parity(0.0, 0.0, 6)
+    assert (found[2].tokens, found[2].max) == (6, pytest.approx(0.2, abs=1e-6))
