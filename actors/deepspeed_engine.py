@@ -1,7 +1,7 @@
 """A DeepSpeed engine over a `TokenModel`: its configuration, start, update, saved state and weights.
 
-Promise: every micro-batch's backward pass adds to the gradient, and the caller alone says when an update is made of it (`apply_update`); the
-gradient of an update is the mean of the ranks' gradients.
+Promise: every micro-batch's backward pass adds to the gradient, and the caller alone says when to apply it (`apply_update`); the gradient
+applied is the mean of the ranks' gradients.
 """
 
 import math
@@ -72,7 +72,7 @@ def interface_of(address: str) -> str | None:
 
 
 def learning_rate_schedule(optimizer: torch.optim.Optimizer, learner: LearnerConfig, total_updates: int) -> LRScheduler:
-    """Returns the learning-rate schedule of `total_updates` updates: it rises over `warmup_steps`, then follows `schedule`, and is never 0."""
+    """Returns the learning rate's schedule over `total_updates` updates: a rise in `warmup_steps`, then `schedule`; never 0."""
     warmup = learner.warmup_steps * learner.updates_per_batch
     name = "constant_with_warmup" if learner.schedule == "constant" else learner.schedule
     schedule: LRScheduler = get_scheduler(name, optimizer, warmup, total_updates + 1)

@@ -1,7 +1,7 @@
 """Prompts and completions → one row of tokens for a forward pass.
 
-Promise: there is no padding. A completion's last token is a target but no input, since no target follows it. Position ids are those that each
-sequence would have by itself.
+Promise: there is no padding. A completion's last token is a target but no input, since no target follows it. Position ids are those that
+each sequence would have by itself.
 """
 
 from collections.abc import Sequence

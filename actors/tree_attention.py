@@ -32,8 +32,8 @@ def tree_attention(
 ) -> tuple[torch.Tensor, None]:
     """Returns the attention's output, [1, tokens, heads, d], and None for its weights; the signature is transformers'.
 
-    Calls PyTorch's attention once for each prompt with its first branch, and once for each further branch. Measured on a CPU, this is faster
-    than padding the branches to one batch and than one call with a dense mask.
+    Calls PyTorch's attention once for each prompt with its first branch, and once for each further branch. Measured on a CPU, this is
+    faster than padding the branches to one batch and than one call with a dense mask.
 
     Args:
         query: [1, heads, tokens, d]; key and value: [1, key-value heads, tokens, d].

@@ -39,7 +39,7 @@ def group_advantages(rewards: Sequence[float], config: AdvantageConfig) -> Group
     `grpo`     (r − mean) / (std + 1e-6), arXiv:2402.03300, section 4.1.2. The paper writes only std(r); this is the sample
                standard deviation (divided by n − 1), as in TRL's GRPOTrainer and verl, both through `torch.std`, so
                that hyperparameters carry over. The population's would make advantages √(n / (n − 1)) larger.
-    `dr_grpo`  r − mean, arXiv:2503.20783: not divided by the standard deviation, which would give very easy and very hard prompts more weight.
+    `dr_grpo`  r − mean, arXiv:2503.20783: the division by std would give very easy and very hard prompts more weight.
     `rloo`     r − mean of the other completions' rewards, arXiv:2402.14740.
 
     Args:

@@ -23,7 +23,7 @@ _DIGITS = 4
 
 @dataclass(frozen=True, slots=True, order=True)
 class Node:
-    """A node that the plan may use, with all its resources. On a cluster `name` is Ray's node id. `cpus` is infinite where it is unknown."""
+    """A node that the plan may use, with all its resources. On a cluster `name` is Ray's node id; `cpus` is infinite if unknown."""
 
     name: str
     gpus: float
@@ -144,7 +144,7 @@ def plan(demands: Sequence[RoleDemand], nodes: Sequence[Node]) -> Plan:
 
 
 class _Room:
-    """A node's free resources. GPUs are assigned as Ray assigns them: a fraction to the GPU that it fits best, whole GPUs only if unused."""
+    """A node's free resources. GPUs are assigned as Ray does: a fraction to the GPU that it fits best, whole GPUs only if unused."""
 
     def __init__(self, node: Node) -> None:
         self.node = node

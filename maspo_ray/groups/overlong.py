@@ -61,8 +61,8 @@ def why_not_trained(
 ) -> str | None:
     """Returns the reason to filter a group, None if the learner can train on it.
 
-    A group without a trained rollout is always filtered; with `filter_zero_variance`, so is one whose trained rollouts all have an advantage
-    of 0.
+    A group without a trained rollout is always filtered; with `filter_zero_variance`, so is one whose trained rollouts all have an
+    advantage of 0.
 
     Args:
         trained: as `trained_advantages` returns it.

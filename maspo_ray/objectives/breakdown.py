@@ -125,11 +125,11 @@ class Breakdown:
 
 
 def _behaviour_kl(logprobs: Tensor, behaviour_logprobs: Tensor) -> Tensor:
-    """Returns each token's estimate of KL(μ || π_θ), [tokens] float64, at least 0: how far the policy has moved from the one that sampled.
+    """Returns each token's estimate of KL(μ || π_θ), [tokens] float64: how far the policy has moved from the one that sampled.
 
-    r − 1 − log r with r = π_θ / μ, the k3 of Schulman, "Approximating KL divergence", 2020. It is unbiased, since under μ the mean of r − 1 is
-    0 and that of −log r is the KL, and never negative. log r is clamped as in the objective. In float64, since for similar policies
-    r − 1 and log r nearly cancel.
+    r − 1 − log r with r = π_θ / μ, the k3 of Schulman, "Approximating KL divergence", 2020. It is never negative, and unbiased, since
+    under μ the mean of r − 1 is 0 and that of −log r is the KL. log r is clamped as in the objective. In float64, since r − 1 and log r
+    nearly cancel where the policies are alike.
     """
     log_ratio = (logprobs.double() - behaviour_logprobs.double()).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return torch.expm1(log_ratio) - log_ratio

@@ -1,6 +1,6 @@
 """A run's result: for the caller of `train`, for `summary.json`, and as the text that a run ends with.
 
-Promise: pure; nothing is measured or written here. A figure that was not measured is None or NaN and is shown as "not measured", never as 0.
+Promise: pure; nothing is measured or written here. A figure that was not measured is None or NaN, and shown as such, never as 0.
 """
 
 import math
