@@ -29,7 +29,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from maspo_ray.errors import RunError
 from maspo_ray.weight_sync.buckets import Bucket, cut_buckets
-from maspo_ray.weight_sync.checksum import ChecksumWorkerExtension
+from maspo_ray.weight_sync.checksum import WeightDigest
 
 T = TypeVar("T")
 BUCKET_BYTES = 2**20
@@ -120,6 +120,8 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
 
     _group: ProcessGroupGloo | None = None
     _bucket_bytes: int = BUCKET_BYTES
+    loaded_checksum: str = ""
+    """Of the weights that were loaded last, as they came."""
     _staged: tuple[tuple[Bucket, torch.Tensor, Any], ...] = ()
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
@@ -155,8 +157,10 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
                 work.wait()
                 yield from bucket.views(buffer)
 
+        digest = WeightDigest()
         # In one call: each makes a table of all parameters.
-        self.model.load_weights(received())  # type: ignore[operator]
+        self.model.load_weights(digest.watch(received()))  # type: ignore[operator]
+        self.loaded_checksum = digest.hex()
 
     def finish_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
@@ -325,7 +329,7 @@ def run_both(remote: Callable[[], Any], local: Callable[[], T]) -> T:
         executor.shutdown(wait=False)
 
 
-class GlooWorkerExtension(ChecksumWorkerExtension):
+class GlooWorkerExtension:
     """Named as vLLM's `worker_extension_cls`, so that importing it registers the engine in the engine's process.
 
     An entry point of group `vllm.general_plugins` would need the project to be installed, which `ray job submit` with a
@@ -333,6 +337,10 @@ class GlooWorkerExtension(ChecksumWorkerExtension):
     """
 
     weight_transfer_engine: GlooWeightTransferEngine
+
+    def weight_checksum(self) -> str:
+        """Returns the checksum of what was loaded last: of the linear layers' weights vLLM keeps packed copies alone on a CPU."""
+        return self.weight_transfer_engine.loaded_checksum
 
     def stage_weights(self, update_info: dict[str, Any]) -> None:
         """Called on the worker, between two steps of the engine: vLLM's own `update_weights` wants it paused."""

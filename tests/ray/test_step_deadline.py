@@ -47,10 +47,10 @@ class HangingLearner:
     def completion_logprobs(self, pairs):
         return []
 
-    def connect(self, rollout_handles, workers_per_engine, update, backend, timeout_s):
+    def connect(self, replicas, engines, workers_per_engine, backend, timeout_s):
         pass
 
-    def publish(self, version):
+    def publish(self, version, replicas):
         pass
 
     def save(self, folder):
@@ -103,7 +103,7 @@ def _config(folder: Path, hanging_ranks: list[int]) -> RunConfig:
 
 async def _train_step(fleet: Fleet) -> Any:
     """Returns what the learner's first rank returns of a step without a batch."""
-    return await fleet.learners_each("train_step", [(7, ()), (7, ())])
+    return await fleet.learner.train(7, [((), ())] * fleet.learner.data_ranks)
 
 
 def _step_of_a_fleet(config: RunConfig) -> tuple[Any, float, list[int]]:
@@ -119,7 +119,7 @@ def _step_of_a_fleet(config: RunConfig) -> tuple[Any, float, list[int]]:
     fleet = Fleet(config, classes, planned, reservation)
     try:
         asyncio.run(fleet.setup(lambda note: None))
-        pids = ray.get([h.__ray_call__.remote(lambda _: os.getpid()) for h in fleet.of_role("learner")])
+        pids = ray.get([fleet.handle("learner", i).__ray_call__.remote(lambda _: os.getpid()) for i in range(2)])
         started = time.monotonic()
         try:
             answer: Any = asyncio.run(_train_step(fleet))
