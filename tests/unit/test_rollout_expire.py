@@ -1,72 +1,110 @@
-"""A group that is ended for its age, whenever that comes: the stream's last objects say so, or it is whole. Without an engine."""
+"""A request that is ended for its age, whenever that comes: it says so, or it comes out whole."""
 
 import asyncio
-from typing import Any
 
-import numpy as np
 import pytest
+from rollout_house import House, moment_passes, run, settle, whole
 
-from actors.vllm_rollout import VLLMRollout
-from maspo_ray.config import ModelConfig, RolloutConfig
-from maspo_ray.experience import Completion, Prompt, VersionSpan
-
-PROMPT = Prompt("test/0", "", np.zeros(3, np.int32), None)
+from maspo_ray.hosts.messages import Expired, Priority
+from maspo_ray.hosts.rollout_host import Answer
 
 
-class _Slow(VLLMRollout):
-    """Its samples end when they are told to."""
-
-    def __init__(self) -> None:
-        super().__init__(model=ModelConfig(path="m"), rollout=RolloutConfig(), max_model_tokens=8, threads=1, seed=0)
-        self.may_end = [asyncio.Event() for _ in range(3)]
-
-    async def _complete(self, group: Any, prompt: Any, *arguments: Any) -> Completion:
-        sample = arguments[2]
-        group.version = 4
-        await self.may_end[sample].wait()
-        tokens = np.zeros(2, np.int32)
-        return Completion(tokens, np.zeros(2, np.float32), (VersionSpan(4, 0, 2),), "stop", "", sample)
+async def _expired(house: House, answer: asyncio.Task[Answer], oldest_version: int) -> bool:
+    """Returns whether a beat ends a request; it is not done before."""
+    await settle()
+    assert not answer.done()
+    await house.host.beat(oldest_version)
+    await settle()
+    if not answer.done():
+        return False
+    assert answer.result() == (None, Expired())
+    return True
 
 
-async def _objects(engine: _Slow, expire_after: int, oldest_version: int, ending: int) -> list[list[Any]]:
-    """Returns what a stream of three gives, of which some may end, with an `expire` after so many objects."""
-    stream = engine.generate(PROMPT, temperature=1.0, max_new_tokens=2, seeds=[1, 2, 3])
-    for event in engine.may_end[:ending]:
-        event.set()
-    objects = [await anext(stream) for _ in range(expire_after)]
-    if expire_after == 0:
-        first = asyncio.ensure_future(anext(stream))
-        for _ in range(3):
-            await asyncio.sleep(0)
-        await engine.expire(oldest_version)
-        objects.append(await first)
-    else:
-        await engine.expire(oldest_version)
-    return objects + [value async for value in stream]
+def test_expiry_ends_what_began_with_older_weights_and_frees_its_places() -> None:
+    async def test(house: House) -> None:
+        await house.update(4)
+        old = house.ask(5, 6, 7)
+        await settle()
+        house.engine.of(6).end()
+        await house.update(5)
+        young = house.ask(8)
+        assert not await _expired(house, young, 5)
+        assert old.result() == (None, Expired())
+        assert [house.engine.of(seed).completion.cancelled() for seed in (5, 6, 7, 8)] == [True, False, True, False]
+        # What was about to be scored is not.
+        await moment_passes()
+        assert house.reward.calls == []
+        house.engine.of(8).end()
+        assert whole(await young) == ([8], [8.0])
+        assert await house.all_places_are_free(4)
+
+    run(test, places=4)
 
 
-@pytest.mark.parametrize("expire_after", [1, 2])
-def test_expire_while_completions_are_on_their_way_ends_the_rest_and_says_so(expire_after: int) -> None:
-    async def run() -> list[list[Any]]:
-        return await _objects(_Slow(), expire_after, oldest_version=5, ending=1)
+@pytest.mark.parametrize(("oldest_version", "ends"), [(4, False), (5, True)])
+def test_expiry_is_by_the_version_that_the_first_completion_began_with(oldest_version: int, ends: bool) -> None:
+    async def test(house: House) -> bool:
+        await house.update(4)
+        answer = house.ask(5, 6)
+        await settle()
+        # The second gets its place while weights change, and begins with the newer.
+        await house.host.start_weight_update()
+        house.engine.of(5).end()
+        await settle()
+        await house.host.finish_weight_update(5)
+        await settle()
+        assert [asked.cache_key for asked in house.engine.asked] == ["v4", "v5"]
+        return await _expired(house, answer, oldest_version)
 
-    objects = asyncio.run(run())
-    assert [len(value) for value in objects] == [1, 1, 0, 0]
+    assert run(test, places=1) is ends
 
 
-def test_expire_of_a_group_none_of_which_has_ended_says_so() -> None:
-    async def run() -> list[list[Any]]:
-        return await _objects(_Slow(), 0, oldest_version=5, ending=0)
+def test_expiry_leaves_what_has_not_begun() -> None:
+    async def test(house: House) -> Answer:
+        probe, waiting = house.ask(1, priority=Priority.PROBE), house.ask(5)
+        assert not await _expired(house, waiting, 9)
+        house.engine.of(1).end()
+        await probe
+        house.engine.of(5).end()
+        return await waiting
 
-    assert asyncio.run(run()) == [[], []]
+    assert whole(run(test, places=1)) == ([5], [5.0])
 
 
-@pytest.mark.parametrize(("oldest_version", "ending"), [(4, 3), (5, 3)])
-def test_expire_of_what_is_young_enough_or_has_all_ended_leaves_the_stream_whole(
-    oldest_version: int, ending: int
-) -> None:
-    async def run() -> list[list[Any]]:
-        return await _objects(_Slow(), 1, oldest_version, ending)
+def test_expiry_leaves_what_has_all_ended_and_is_being_scored() -> None:
+    async def test(house: House) -> Answer:
+        house.reward.open[0].clear()
+        answer = house.ask(5, 6)
+        await settle()
+        house.engine.of(5).end()
+        house.engine.of(6).end()
+        assert not await _expired(house, answer, 9)
+        house.reward.open[0].set()
+        return await answer
 
-    objects = asyncio.run(run())
-    assert sum(len(value) for value in objects[0::2]) == 3
+    assert whole(run(test)) == ([5, 6], [5.0, 6.0])
+
+
+def test_expiry_ends_a_group_of_which_a_part_is_being_scored() -> None:
+    async def test(house: House) -> None:
+        house.reward.open[0].clear()
+        answer = house.ask(5, 6)
+        await settle()
+        house.engine.of(5).end()
+        await moment_passes()
+        assert house.reward.seeds == [[5]]
+        assert await _expired(house, answer, 9)
+        assert house.reward.given_up == [[5]]
+
+    run(test)
+
+
+def test_expiry_never_ends_a_probe() -> None:
+    async def test(house: House) -> Answer:
+        answer = house.ask(5, priority=Priority.PROBE)
+        assert not await _expired(house, answer, 9)
+        house.engine.of(5).end()
+        return await answer
+
+    assert whole(run(test)) == ([5], [5.0])
