@@ -68,12 +68,17 @@ class EngineTable:
         assert 0 <= work <= self.outstanding(replica), f"replica {replica} has less work than {work}."
         self._loads[replica] -= work
 
-    def give_back(self, replica: int, work: int, now: float) -> None:
-        """A piece of work has ended, in whatever way."""
+    def give_back(self, replica: int, work: int, now: float | None) -> None:
+        """A piece of work has ended, in whatever way.
+
+        Args:
+            now: when the replica answered; None where it did not, and was given up.
+        """
         assert self._pieces[replica] > 0, f"replica {replica} gave work back; it has none."
         self.lighten(replica, work)
         self._pieces[replica] -= 1
-        self._heard_at[replica] = now
+        if now is not None:
+            self._heard_at[replica] = now
 
     def hear(self, replica: int, now: float) -> None:
         """A replica has shown that its work goes on."""

@@ -8,6 +8,7 @@ from token ids and takes weights; it knows of none of this.
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from time import monotonic
 from typing import Any
 
@@ -95,7 +96,9 @@ class RolloutHost:
         """Returns a completion, once there is a place for it and the weights are steady."""
         request = group.request
         async with self._places.at(request.priority):
-            await self._steady.wait()
+            while not self._steady.is_set():
+                # Awoken by the end of one update, it may find that the next has begun.
+                await self._steady.wait()
             began_with = self._version
             if group.began_with is None:
                 group.began_with = began_with
@@ -157,10 +160,10 @@ class _RunningGroup:
         self._completions: list[Completion | None] = [None] * len(request.seeds)
         self._verdicts: list[Verdict | None] = [None] * len(request.seeds)
         self._calls: list[TimedCall] = []
+        # Completions that have ended and go to the reward in one call; the first of them makes it.
         self._to_score: list[int] = []
-        self._tasks = asyncio.TaskGroup()
-        self._under_way: list[asyncio.Task[None]] = []
-        self._timer: asyncio.TimerHandle | None = None
+        self._all_sampled = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def run(self, complete: Callable[["_RunningGroup", int | None], Awaitable[Completion]]) -> None:
         """Returns when all is sampled and scored, or `expire` has ended it.
@@ -171,25 +174,23 @@ class _RunningGroup:
 
         async def one(sample: int, seed: int | None) -> None:
             self._completions[sample] = await complete(self, seed)
+            if self.unfinished == 0:
+                self._all_sampled.set()
             if self._scorer is not None:
-                self._to_score.append(sample)
-                self._score_soon()
+                await self._score(self._scorer, sample)
 
         try:
-            async with self._tasks as tasks:
-                self._under_way = [tasks.create_task(one(i, seed)) for i, seed in enumerate(self.request.seeds)]
+            async with asyncio.TaskGroup() as tasks:
+                self._tasks = [tasks.create_task(one(i, seed)) for i, seed in enumerate(self.request.seeds)]
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from None
-        finally:
-            if self._timer is not None:
-                self._timer.cancel()
 
     def expire(self, oldest_version: int) -> None:
         """Ends the group if it is to be trained on, is not sampled whole yet, and a completion of it began with older weights."""
         trained = self.request.priority is Priority.TRAINING
         if trained and self.unfinished and self.began_with is not None and self.began_with < oldest_version:
             self.expired = True
-            for task in self._under_way:
+            for task in self._tasks:
                 task.cancel()
 
     def answer(self) -> Answer:
@@ -202,29 +203,22 @@ class _RunningGroup:
         facts = tuple(CompletionFacts.of(completion) for completion in completions)
         return SampledGroup(self.request.prompt, completions), Ended(facts, verdicts, calls)
 
-    def _score_soon(self) -> None:
-        if self.unfinished == 0:
-            self._score_now()
-        elif self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(TOGETHER_S, self._score_now)
-
-    def _score_now(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if self._to_score and not self.expired:
-            samples, self._to_score = self._to_score, []
-            self._under_way.append(self._tasks.create_task(self._score(samples)))
-
-    async def _score(self, samples: list[int]) -> None:
-        assert self._scorer is not None
+    async def _score(self, scorer: Scorer, sample: int) -> None:
+        """Scores a completion that has ended, and those that end soon after; or leaves it to the one before that is about to."""
+        self._to_score.append(sample)
+        if len(self._to_score) > 1:
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(TOGETHER_S):
+                await self._all_sampled.wait()
+        samples, self._to_score = self._to_score, []
         completions = [completion for i in samples if (completion := self._completions[i]) is not None]
-        verdicts, call = await self._scorer.verdicts(self.request.prompt, completions)
+        verdicts, call = await scorer.verdicts(self.request.prompt, completions)
         if len(verdicts) != len(samples):
             raise RunError(f"reward/{call.replica} gave {len(verdicts)} verdicts for {len(samples)} completions")
         self._calls.append(call)
-        for sample, verdict in zip(samples, verdicts, strict=True):
-            self._verdicts[sample] = verdict
+        for scored, verdict in zip(samples, verdicts, strict=True):
+            self._verdicts[scored] = verdict
 
 
 def dated(completion: Completion, began_with: int) -> Completion:

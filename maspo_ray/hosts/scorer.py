@@ -54,21 +54,28 @@ class Scorer:
         started = self._clock()
         replica = self._table.take(len(completions), started)
         assert replica is not None, "no reward actor is up"
+        call = asyncio.create_task(self._ask(replica, prompt, completions))
         try:
-            verdicts = await self._in_time(replica, asyncio.ensure_future(self._score(replica, prompt, completions)))
+            verdicts = await self._in_time(replica, call)
         finally:
-            self._table.give_back(replica, len(completions), self._clock())
+            # One that is given up says nothing of the replica, which others wait for too.
+            answered_at = self._clock() if call.done() else None
+            call.cancel()
+            self._table.give_back(replica, len(completions), answered_at)
         return verdicts, TimedCall(replica, started, self._clock())
 
-    async def _in_time(self, replica: int, call: "asyncio.Future[list[Verdict]]") -> list[Verdict]:
+    async def _ask(self, replica: int, prompt: Prompt, completions: Sequence[Completion]) -> list[Verdict]:
+        return await self._score(replica, prompt, completions)
+
+    async def _in_time(self, replica: int, call: asyncio.Task[list[Verdict]]) -> list[Verdict]:
         while True:
-            done, _ = await asyncio.wait([call], timeout=self._deadline_s)
+            # Its turn may only come after other calls: as long as these are answered, it is not late.
+            silent_s = self._table.silences(self._clock())[replica]
+            done, _ = await asyncio.wait([call], timeout=max(0.0, self._deadline_s - silent_s))
             if done:
                 return call.result()
-            # Its turn may only come after other calls: as long as these are answered, it is not late.
-            silent_s = self._table.silences(self._clock()).get(replica, 0.0)
+            silent_s = self._table.silences(self._clock())[replica]
             if silent_s >= self._deadline_s:
-                call.cancel()
                 raise ActorLate(
                     f"reward/{replica} has answered nothing for {silent_s:.0f} s, though reward.timeout_s ends each completion long "
                     "before: its code holds the process. Mend the reward, or lower what one call of it does.",
