@@ -1,7 +1,7 @@
-"""A DeepSpeed engine over a `TokenModel`: its configuration, its start, its weights as a stream.
+"""A DeepSpeed engine over a `TokenModel`: its configuration, start, update, saved state and weights.
 
-Promise: every micro-batch adds to the gradient and the caller alone says when a step ends; the sum over ranks is the gradient of
-the loss that the ranks' shares add up to.
+Promise: every micro-batch's backward pass adds to the gradient, and the caller alone says when to apply it (`apply_update`); the gradient
+applied is the mean of the ranks' gradients.
 """
 
 import math
@@ -26,7 +26,7 @@ from maspo_ray.errors import RunError
 
 
 def zero_stage_of(learner: LearnerConfig, model: ModelConfig, world_size: int) -> int:
-    """Returns the ZeRO stage: what the config says, or 1 where there is something to shard or to keep in float32, else 0."""
+    """Returns the ZeRO stage: the config's, else 1, or 0 where there is nothing to shard, to offload or to keep a float32 copy of."""
     if learner.zero_stage is not None:
         return learner.zero_stage
     plain = world_size == 1 and model.dtype == "float32" and "zero_optimization" not in learner.deepspeed
@@ -34,20 +34,20 @@ def zero_stage_of(learner: LearnerConfig, model: ModelConfig, world_size: int) -
 
 
 def deepspeed_config(learner: LearnerConfig, model: ModelConfig, world_size: int) -> dict[str, Any]:
-    """Returns DeepSpeed's configuration; `learner.deepspeed` adds to it."""
+    """Returns DeepSpeed's configuration, `learner.deepspeed` included."""
     stage = zero_stage_of(learner, model, world_size)
     return {
-        # Micro-batches and ranks are added up in float32, whatever the parameters' dtype.
+        # Gradients of micro-batches and ranks are summed in float32, whatever the parameters' dtype.
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
-        # An optimizer that is offloaded stays PyTorch's: DeepSpeed's own needs a compiler.
+        # Keeps PyTorch's optimizer when it is offloaded: DeepSpeed's own would need a compiler.
         "zero_force_ds_cpu_optimizer": False,
         **learner.deepspeed,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        # Micro-batches vary in number: `step()` ends a step, not a count of backward passes.
+        # The number of micro-batches varies, so that `step()` ends an update, not a count of backward passes.
         "managed_gradient_accumulation": False,
-        # Without ZeRO `apply_update` has the norm already and clips by it.
+        # Without ZeRO, `apply_update` clips, since it computes the norm anyhow.
         "gradient_clipping": learner.max_grad_norm if stage > 0 else 0.0,
         "bf16": {"enabled": model.dtype == "bfloat16"},
         "zero_optimization": {**learner.deepspeed.get("zero_optimization", {}), "stage": stage},
@@ -57,14 +57,14 @@ def deepspeed_config(learner: LearnerConfig, model: ModelConfig, world_size: int
 def init_process_group(gpus: float) -> None:
     """Joins torch.distributed through DeepSpeed, by the rendezvous in the environment."""
     if gpus == 0:
-        # DeepSpeed 0.19 compiles an all-reduce for inference here (39 s, and a compiler must be there), which training
-        # never calls. Can go when its build waits for the first use.
+        # DeepSpeed 0.19 would compile an all-reduce for inference here, which takes 39 s and a compiler, and which training never calls.
+        # Can go when DeepSpeed builds it at its first use.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if gpus > 0 else "gloo", verbose=False)
 
 
 def interface_of(address: str) -> str | None:
-    """Returns the name of the network interface that has an IPv4 address, None where none has."""
+    """Returns the name of the network interface with this IPv4 address, None where no interface has it."""
     for name, addresses in psutil.net_if_addrs().items():
         if any(a.family == socket.AF_INET and a.address == address for a in addresses):
             return name
@@ -72,17 +72,17 @@ def interface_of(address: str) -> str | None:
 
 
 def learning_rate_schedule(optimizer: torch.optim.Optimizer, learner: LearnerConfig, total_updates: int) -> LRScheduler:
-    """Returns the schedule of so many updates: up from the first in `warmup_steps`, then as `schedule` says, never 0."""
+    """Returns the learning rate's schedule over `total_updates` updates: a rise in `warmup_steps`, then `schedule`; never 0."""
     warmup = learner.warmup_steps * learner.updates_per_batch
     name = "constant_with_warmup" if learner.schedule == "constant" else learner.schedule
     schedule: LRScheduler = get_scheduler(name, optimizer, warmup, total_updates + 1)
-    # transformers' begins and ends with a learning rate of 0: one ahead, and one update more, leave both out.
+    # transformers' schedules begin and end at a learning rate of 0. One step ahead, of a schedule one update longer, skips both.
     schedule.step()
     return schedule
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Returns the trainable parameters as the optimizer's groups: norms and biases, which are vectors, do not decay."""
+    """Returns the trainable parameters as the optimizer's groups: weight decay applies to matrices, not to vectors (norms and biases)."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     matrices, vectors = [p for p in trainable if p.ndim > 1], [p for p in trainable if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -105,19 +105,19 @@ def start_engine(model: TokenModel, learner: LearnerConfig, config: ModelConfig,
         dist_init_required=False,
     )
     if engine.zero_optimization_stage() == 0:
-        # Reduced in `apply_update`, and not copied for it where there is a single rank.
+        # `apply_update` reduces the gradient itself, which spares a single rank the copies that DeepSpeed's reduction makes.
         engine.enable_backward_allreduce = False
     if engine.zero_optimization_stage() == 3:
-        # The output layer's weight is read outside its own module's forward.
+        # `TokenModel` reads the output layer's weight outside that layer's own forward pass, where ZeRO-3 would not have gathered it.
         deepspeed.zero.register_external_parameter(engine.module, engine.module.model.get_output_embeddings().weight)
     return engine
 
 
 def apply_update(engine: Any, max_grad_norm: float) -> float:
-    """Applies the gradient that has been gathered, clipped; returns its norm before. A collective.
+    """Clips and applies the accumulated gradient; returns its norm before clipping, infinite where it was discarded. A collective.
 
-    A gradient whose norm is not finite is discarded, and the weights are as before: by DeepSpeed's ZeRO optimizers, and here where
-    none is in use.
+    A gradient whose norm is not finite is discarded and the weights stay as they are. DeepSpeed's ZeRO optimizers do so themselves; without
+    ZeRO it is done here.
     """
     if engine.zero_optimization_stage() > 0:
         engine.step()
@@ -136,13 +136,17 @@ def apply_update(engine: Any, max_grad_norm: float) -> float:
 
 
 def save_engine(engine: Any, folder: Path) -> None:
-    """Writes the weights that are trained, the optimizer's and the schedule's state, each rank its own part. A collective."""
-    # Frozen weights are those of the model's folder.
+    """Writes the trained weights and the state of the optimizer and the schedule, each rank its own part. A collective."""
+    # Frozen weights are left out, since they are those of the model's folder.
     engine.save_checkpoint(str(folder.parent), folder.name, save_latest=False, exclude_frozen_parameters=True)
 
 
 def load_engine(engine: Any, folder: Path) -> None:
-    """Reads what `save_engine` wrote from as many ranks. A collective."""
+    """Restores the state that `save_engine` wrote, from as many ranks. A collective.
+
+    Raises:
+        RunError: DeepSpeed finds no state in the folder.
+    """
     strict = all(p.requires_grad for p in engine.module.parameters())
     path, _ = engine.load_checkpoint(str(folder.parent), folder.name, load_module_strict=strict)
     if path is None:
@@ -150,9 +154,9 @@ def load_engine(engine: Any, folder: Path) -> None:
 
 
 class UpdateSize:
-    """Measures how much an optimizer changes the weights: ‖Δw‖ / ‖w‖, from every 101st weight of what it updates.
+    """Measures how much the optimizer changes the weights, ‖Δw‖ / ‖w‖, estimated from every 101st of the weights that it updates.
 
-    That is float32 also where the model's parameters are bfloat16, in which a small change may not show.
+    Those are the float32 copies where the model's parameters are bfloat16, in which a small change may be lost to rounding.
     """
 
     _STRIDE = 101
@@ -161,7 +165,7 @@ class UpdateSize:
         optimizer = engine.optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
         self._before: list[torch.Tensor] = []
         self._sums = torch.zeros(2, dtype=torch.float64, device=device_of())
-        # ZeRO 3 steps a part of the weights at a time.
+        # By hooks, since ZeRO-3 calls the optimizer once for each part of the weights.
         optimizer.register_step_pre_hook(lambda optimizer, *_: self._note(optimizer))
         optimizer.register_step_post_hook(lambda optimizer, *_: self._compare(optimizer))
 
@@ -179,7 +183,7 @@ class UpdateSize:
         self._before = []
 
     def take(self) -> float:
-        """Returns the ratio of what was updated since this was last asked, of all ranks; 0 where nothing was. A collective."""
+        """Returns the ratio over all ranks of the updates since the last call; 0 where there was none. A collective."""
         dist.all_reduce(self._sums)
         changed, weights = self._sums.tolist()
         self._sums.zero_()
@@ -187,12 +191,12 @@ class UpdateSize:
 
 
 class EngineWeights:
-    """The engine's weights under their Hugging Face names, adapters merged; under ZeRO-3, gathered for as long as they are read.
+    """The engine's weights under their Hugging Face names, with adapters merged; under ZeRO-3, gathered only while they are read.
 
-    Reading is a collective among the ranks. Tied weights come once, as the embedding.
+    Reading is a collective among the ranks. A tied weight comes once, under the embedding's name.
 
     Attributes:
-        shapes: of each weight as a whole, with its dtype.
+        shapes: shape and dtype of each weight, under ZeRO-3 of the gathered one.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -206,25 +210,25 @@ class EngineWeights:
         return tuple(first.ds_shape if self._gathers else first.shape), first.dtype
 
     def read(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields these weights, gathered together."""
+        """Yields the named weights; under ZeRO-3 all of them are gathered at once."""
         weights = [self._weights[name] for name in names]
         with self._whole([part for weight in weights for part in weight.parts]):
             for name, weight in zip(names, weights, strict=True):
                 yield name, weight.value()
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Returns copies on the CPU of the weights and of the adapters' own, these by their names in the model; both empty on
-        every rank but the first."""
-        keeps = dist.get_rank() == 0
-        if not keeps and not self._gathers:
+        """Returns CPU copies of the merged weights, and of the adapters' parameters by their names in the model; on other ranks than the
+        first both are empty."""
+        is_first = dist.get_rank() == 0
+        if not is_first and not self._gathers:
             return {}, {}
         weights = {}
         for name in self._weights:
             for _, weight in self.read([name]):
-                if keeps:
+                if is_first:
                     weights[name] = weight.to("cpu", copy=True)
         with self._whole(list(self._adapters.values())):
-            return weights, {name: p.detach().to("cpu", copy=True) for name, p in self._adapters.items() if keeps}
+            return weights, {name: p.detach().to("cpu", copy=True) for name, p in self._adapters.items() if is_first}
 
     def _whole(self, parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager[Any]:
         gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters, enabled=self._gathers)

@@ -1,7 +1,7 @@
-"""LoRA through peft: adapters beside frozen weights, and the weights that both make together.
+"""LoRA by peft: adapters beside frozen weights, and the merged weights that engines and checkpoints get.
 
-Promise: a model's weights have the names and shapes that they have without adapters, so that whoever receives them need not know;
-merging leaves the model as it is.
+Promise: merged weights have the names and shapes of the model without adapters, so that their receivers need not know of LoRA; merging
+computes copies and leaves the model as it is.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,11 +25,11 @@ _ADAPTER = "default"
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """One of a model's weights.
+    """One of a model's weights, merged with its adapter where it has one.
 
     Attributes:
-        parts: the parameters that it is made of; it has the shape and the dtype of the first.
-        value: returns it, detached; the parts must be whole.
+        parts: the parameters that the weight is computed from; its shape and dtype are those of the first.
+        value: returns the weight, detached; under ZeRO-3 the parts must be gathered.
     """
 
     parts: tuple[Parameter, ...]
@@ -37,10 +37,10 @@ class Weight:
 
 
 def add_adapters(model: PreTrainedModel, lora: LoraConfig) -> None:
-    """Freezes the model's parameters and puts adapters beside the weights that the config names, in place.
+    """Freezes the model's parameters and adds adapters to the modules that `lora.targets` names, in place.
 
     Raises:
-        ConfigError: a target names nothing, or what is no linear module of the layers, whose adapters are not merged here.
+        ConfigError: a target names no module, or one that is no linear module of the layers and cannot be merged here.
     """
     where = f"learner.lora.targets is {list(lora.targets)}"
     remedy = "Name linear modules of the layers, such as q_proj"
@@ -53,7 +53,7 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig) -> None:
         base_model_name_or_path=model.name_or_path,
     )
     try:
-        # Marks the adapters alone as trainable.
+        # Leaves only the adapters trainable.
         inject_adapter_in_model(config, model, adapter_name=_ADAPTER)
     except ValueError as error:
         raise ConfigError(f"{where}; {error} {remedy}.") from None
@@ -80,11 +80,11 @@ def weights_of(model: PreTrainedModel) -> dict[str, Weight]:
     adapted = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
     found: dict[str, Weight] = {}
     for name, parameter in model.named_parameters():
-        # peft keeps an adapted module as `base_layer` of its own.
+        # peft wraps an adapted module and keeps the original as its `base_layer`.
         own_name = name.replace(".base_layer.", ".")
         place, _, leaf = own_name.rpartition(".")
         if any(place.startswith(f"{other}.") for other in adapted):
-            # The adapters themselves.
+            # A parameter of an adapter, which its weight's merged value holds.
             continue
         merges = place in adapted and leaf == "weight"
         found[own_name] = _merged(parameter, adapted[place]) if merges else Weight((parameter,), parameter.detach)
@@ -92,7 +92,7 @@ def weights_of(model: PreTrainedModel) -> dict[str, Weight]:
 
 
 def adapters_of(model: PreTrainedModel) -> dict[str, Parameter]:
-    """Returns the adapters' own parameters by their names in the model; none where it has no adapters."""
+    """Returns the adapters' own parameters by their names in the model; empty where the model has no adapters."""
     paths = [name for name, module in model.named_modules() if isinstance(module, Linear)]
     return {
         name: parameter
@@ -102,7 +102,11 @@ def adapters_of(model: PreTrainedModel) -> dict[str, Parameter]:
 
 
 def _merged(base: Parameter, layer: Any) -> Weight:
-    """Returns the weight of an adapted layer, peft's `LoraLayer`."""
+    """Returns the merged weight of an adapted layer.
+
+    Args:
+        layer: peft's `LoraLayer` around the base weight.
+    """
 
     def value() -> torch.Tensor:
         merged: torch.Tensor = base.detach() + layer.get_delta_weight(_ADAPTER).detach()
@@ -112,16 +116,16 @@ def _merged(base: Parameter, layer: Any) -> Weight:
 
 
 def save_adapter(model: PreTrainedModel, state: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """Writes what `peft.PeftModel.from_pretrained` reads.
+    """Writes the adapter's config and weights, as `peft.PeftModel.from_pretrained` reads them.
 
     Args:
-        state: the adapters' parameters by their names in the model, whole.
+        state: the adapters' parameters by their names in the model, gathered.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model.peft_config[_ADAPTER].save_pretrained(folder)
     # No embedding has an adapter; "auto" would ask the hub about it.
     named = get_peft_model_state_dict(model, dict(state), adapter_name=_ADAPTER, save_embedding_layers=False)
-    # As a PeftModel around the model names them.
+    # The names that the weights have in a PeftModel around the model.
     save_file(
         {f"base_model.model.{name}": tensor for name, tensor in named.items()}, folder / "adapter_model.safetensors"
     )

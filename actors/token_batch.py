@@ -1,7 +1,7 @@
-"""Prompts and completions → the one row of tokens that a forward pass takes.
+"""Prompts and completions → one row of tokens for a forward pass.
 
-Promise: nothing is padded, and no hidden state is computed that predicts nothing: a completion's last token is a target only. Positions
-are those that each sequence has alone.
+Promise: there is no padding. A completion's last token is a target but no input, since no target follows it. Position ids are those that
+each sequence would have by itself.
 """
 
 from collections.abc import Sequence
@@ -12,12 +12,15 @@ import torch
 from numpy.typing import NDArray
 
 Bundled = tuple[NDArray[np.int32], Sequence[NDArray[np.int32]]]
-"""Token ids of a prompt and of the completions behind this copy of it."""
+"""Token ids of a prompt, and of the completions that share this copy of it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """Lengths, in tokens of the row: a prompt, then the branches that each attend to it and to themselves alone."""
+    """Lengths of a prompt and of its branches, in tokens of the row; a branch is a completion without its last token.
+
+    Each branch attends to the prompt and to itself, not to the other branches.
+    """
 
     prompt_tokens: int
     branches: tuple[int, ...]
@@ -29,14 +32,14 @@ class Tree:
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """Bundles one after the other, each a prompt and its completions.
+    """One row of bundles, each a prompt and its completions.
 
     Attributes:
         input_ids: [1, tokens] int64.
-        position_ids: [1, tokens] int64, counted from 0 in each prompt and on from there in each of its branches.
-        trees: what attends to what; they cover the row.
-        targets: [targets] int64, the completions' tokens, completion after completion.
-        predictors: [targets] int64, where in the row the hidden state lies that predicts each target.
+        position_ids: [1, tokens] int64, from 0 in each prompt, and on from the prompt's length in each of its branches.
+        trees: one for each bundle, which together cover the row; they say which tokens attend to which.
+        targets: [targets] int64, the tokens of all completions in turn.
+        predictors: [targets] int64, for each target the place in the row whose hidden state predicts it.
     """
 
     input_ids: torch.Tensor
@@ -67,7 +70,7 @@ def lay_out(bundles: Sequence[Bundled], device: torch.device) -> TokenBatch:
             steps = np.arange(len(completion) - 1)
             ids.append(completion[:-1])
             positions.append(len(prompt) + steps)
-            # The prompt's last token predicts the first, and each of them the next.
+            # The prompt's last token predicts the completion's first, and each token of the completion its next.
             predictors += [np.array([last]), start + steps]
             start += len(steps)
     targets = [completion for _, completions in bundles for completion in completions]

@@ -1,7 +1,8 @@
-"""A causal language model as what reinforcement learning needs of it: the log-probs of given completion tokens.
+"""A causal language model as a function that returns the log-probs of given completion tokens.
 
-Promise: logits are computed for completion tokens only, in chunks, in float32; `[tokens, vocab]` never exists whole. No token attends
-to another sequence's. Shared by the learner and the reference, so that their log-probs are the same function of the weights.
+Promise: logits are computed for completion tokens only, in chunks, and turned into log-probs in float32; `[tokens, vocab]` never exists
+whole. No token attends to another sequence's. Learner and reference share this module, so that their log-probs are the same function of
+the weights.
 """
 
 from collections.abc import Sequence
@@ -18,23 +19,27 @@ from maspo_ray.config import LoraConfig, ModelConfig
 from maspo_ray.objectives.tensor_ops import chunked_logprobs
 
 Attention = Literal["trees", "blocks", "packed", "alone"]
-"""How sequences of one row are kept apart. `trees` and `blocks` let completions share a prompt: our own attention over PyTorch's, or
-FlexAttention with a block mask. `packed` is transformers' own, which finds where a sequence begins by its position ids
-(FlashAttention's variable-length path, or a mask); `alone` is a forward pass for each sequence."""
+"""How a forward pass keeps the sequences of one row apart.
+
+`trees`: `tree_attention`, on PyTorch's attention; completions may share a prompt.
+`blocks`: FlexAttention with a block mask; completions may share a prompt.
+`packed`: transformers' own, which takes a sequence to begin where the position ids do (FlashAttention's variable-length path, or a mask).
+`alone`: a forward pass for each sequence.
+"""
 
 
 def attention_of(config: Any, supports_backends: bool, implementation: str) -> Attention:
-    """Returns how a model keeps the sequences of a row apart, exactly.
+    """Returns the kind of attention by which a model's sequences in one row cannot influence each other.
 
     Args:
-        config: of the model, transformers'.
+        config: transformers' config of the model.
         supports_backends: whether the model takes its attention from transformers' registry.
-        implementation: as `model.attn_implementation` names it.
+        implementation: `model.attn_implementation`.
     """
     text = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ())
     if not supports_backends or kinds - {"full_attention", "sliding_attention", "chunked_attention"}:
-        # Layers with a state (Mamba and the like) carry it from one sequence into the next.
+        # Recurrent layers (Mamba and the like) would carry their state from one sequence into the next.
         return "alone"
     limited = kinds != {"full_attention"} if kinds else getattr(text, "sliding_window", None) is not None
     if limited or implementation in ("eager", "flash_attention_2"):
@@ -52,7 +57,7 @@ class TokenModel(torch.nn.Module):
 
     @property
     def shares_prompts(self) -> bool:
-        """Whether a bundle may have several completions."""
+        """Whether several completions may stand behind one copy of their prompt."""
         return self.attention in ("trees", "blocks")
 
     def forward(self, batch: TokenBatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,10 +89,10 @@ class TokenModel(torch.nn.Module):
 
 
 def load_token_model(config: ModelConfig, lora: LoraConfig | None = None) -> TokenModel:
-    """Returns the model of the config in its dtype, on the CPU; with `lora`, frozen, with adapters to train.
+    """Returns the config's model in its dtype, on the CPU; with `lora`, its weights frozen and adapters added to train.
 
     Raises:
-        ConfigError: the adapters' targets name nothing that can have one.
+        ConfigError: `lora.targets` names no module that can have an adapter.
     """
     there = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
     options = {"dtype": getattr(torch, config.dtype), "trust_remote_code": config.trust_remote_code}
@@ -101,7 +106,7 @@ def load_token_model(config: ModelConfig, lora: LoraConfig | None = None) -> Tok
             attention = "packed"
     _remove_dropout(model)
     if lora is not None:
-        # Imported here: who needs no adapters need not wait for peft.
+        # Imported here, since peft takes time to import and is needed only with adapters.
         from actors.lora import add_adapters
 
         add_adapters(model, lora)
@@ -109,7 +114,7 @@ def load_token_model(config: ModelConfig, lora: LoraConfig | None = None) -> Tok
 
 
 def _remove_dropout(model: PreTrainedModel) -> None:
-    """Sets every dropout to 0: a policy's log-probs are those that it samples by."""
+    """Sets every dropout to 0: the engine samples without dropout, so that log-probs with it would be another policy's."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -121,11 +126,11 @@ def _remove_dropout(model: PreTrainedModel) -> None:
 def completion_logprobs(
     model: torch.nn.Module, bundles: Sequence[Bundled], temperature: float, device: torch.device, max_tokens: int
 ) -> list[NDArray[np.float32]]:
-    """Returns [tokens] float32 log-probs of each bundle's completions in turn.
+    """Returns the log-probs of each completion, [tokens] float32, in the order of the bundles and of the completions in them.
 
     Args:
-        model: a `TokenModel`, or what wraps it.
-        max_tokens: of one forward pass, unless a bundle alone has more.
+        model: a `TokenModel`, or an engine that wraps one.
+        max_tokens: limit of one forward pass, exceeded only by a bundle that alone has more.
     """
     scored: list[NDArray[np.float32]] = []
     row: list[Bundled] = []

@@ -1,8 +1,8 @@
-"""Attention of prompts that several completions share: each branch attends to its prompt and to itself alone.
+"""Attention for completions that share a prompt: a tree, whose branches each attend to the prompt and to themselves.
 
-Promise: the result for each branch is that of its prompt and itself as a sequence alone, and so is the gradient; no pair of tokens is
-computed that the result does not need. Registered with transformers as an attention implementation, so that any model that
-takes one takes it; for FlexAttention the same trees as a block mask.
+Promise: output and gradient of each branch are those of prompt and branch as one sequence by itself, and no pair of tokens is computed that
+does not attend. It is registered with transformers as an attention implementation, so that it serves every model that takes its attention
+from there. For FlexAttention the same trees are made into a block mask.
 """
 
 from collections.abc import Sequence
@@ -30,25 +30,25 @@ def tree_attention(
     dropout: float = 0.0,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Returns [1, tokens, heads, d]; the signature is transformers'.
+    """Returns the attention's output, [1, tokens, heads, d], and None for its weights; the signature is transformers'.
 
-    One call of PyTorch's attention for each prompt with its first branch, and one for each further branch. On a CPU this measured faster
-    than branches padded to one batch and than one call with a dense mask.
+    Calls PyTorch's attention once for each prompt with its first branch, and once for each further branch. Measured on a CPU, this is
+    faster than padding the branches to one batch and than one call with a dense mask.
 
     Args:
         query: [1, heads, tokens, d]; key and value: [1, key-value heads, tokens, d].
-        attention_mask: None; what attends to what is in `trees`.
+        attention_mask: None, since `trees` says which tokens attend to which.
     """
     assert attention_mask is None and dropout == 0.0, "trees are the mask, and a policy's log-probs have no dropout"
     unknown = [name for name in ("softcap", "s_aux", "sliding_window", "position_bias") if others.get(name) is not None]
     assert not unknown, f"this model's attention has {unknown}, which trees do not know"
     repeats = query.shape[1] // key.shape[1]
-    # Repeated before the cut: a kernel that takes fewer key-value heads under a mask is not there on every device.
+    # Repeated here rather than by `enable_gqa`, which not every device has a kernel for when there is a mask.
     key, value = (x.repeat_interleave(repeats, dim=1) if repeats > 1 else x for x in (key, value))
-    # A prompt and its first branch are one causal sequence: a tree of one branch is one call.
+    # A prompt and its first branch are one causal sequence, so that a tree of one branch takes one call.
     trunks = [tree.prompt_tokens + tree.branches[0] for tree in trees]
     sizes = [size for tree, trunk in zip(trees, trunks, strict=True) for size in (trunk, *tree.branches[1:])]
-    # One split has one backward pass; a slice for each part would have a gradient of the whole length each.
+    # The backward pass of one split fills one gradient; each slice instead would have a gradient of the whole length to add.
     parts = iter(zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True))
     outputs = []
     for tree in trees:
@@ -75,7 +75,7 @@ def tree_attention(
 
 
 def _branch_mask(branch_tokens: int, prompt_tokens: int, device: torch.device) -> torch.Tensor:
-    """Returns [branch, prompt + branch] bool: all of the prompt, and of the branch what is not later."""
+    """Returns the mask of a branch's queries, [branch, prompt + branch] bool: True for the prompt, and for the branch up to the query."""
     ones = torch.ones(branch_tokens, prompt_tokens + branch_tokens, dtype=torch.bool, device=device)
     return ones.tril(prompt_tokens)
 
@@ -84,7 +84,7 @@ AttentionInterface.register(NAME, tree_attention)
 
 
 def tree_mask(trees: Sequence[Tree], device: torch.device) -> Any:
-    """Returns the trees as a `mask_mod` of FlexAttention: (batch, head, query, key) indices → whether they attend."""
+    """Returns the trees as FlexAttention's `mask_mod`: (batch, head, query, key) indices → whether the query attends to the key."""
     nodes: list[int] = []
     roots: list[int] = []
     root = 0

@@ -1,6 +1,7 @@
-"""The learner's weights as vLLM's trainer side takes them.
+"""The learner's weights as the `WeightSource` that vLLM's trainer side sends.
 
-A file of its own: vLLM takes seconds to import, and a learner needs it only to publish.
+Promise: each weight once, under its Hugging Face name, adapters merged. A file of its own, since it imports vLLM, which takes seconds and
+which a learner needs only to publish.
 """
 
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from actors.deepspeed_engine import EngineWeights
 
 
 class EngineWeightSource(WeightSource):
-    """Streams an engine's weights, gathered one layer at a time. Iterating is a collective among the ranks."""
+    """Streams a DeepSpeed engine's weights, under ZeRO-3 gathered one layer at a time. Iterating is a collective among the ranks."""
 
     def __init__(self, weights: EngineWeights) -> None:
         self._weights = weights

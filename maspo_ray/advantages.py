@@ -1,8 +1,8 @@
 """Rewards of a group → advantages.
 
-Promise: pure; a completion that could not be scored (reward NaN) counts in no baseline and gets exactly 0; a group whose
-scored rewards are all equal, or fewer than two, gets exactly 0 throughout and says that it has no signal. Never a NaN.
-Does not own what happens to a group without signal: the pipeline filters and refills it.
+Promise: pure; a completion that could not be scored (reward NaN) counts in no baseline and its advantage is exactly 0; a group with fewer
+than two scored rewards, or with all of them equal, has advantages of exactly 0 and `has_signal` False. Never a NaN. What becomes of a
+group without a signal is the pipeline's to decide, which filters and refills it.
 """
 
 import math
@@ -15,7 +15,7 @@ from maspo_ray.errors import ConfigError
 STD_EPSILON = 1e-6
 
 EQUAL_REWARDS_TOLERANCE = 1e-12
-"""Relative. Rewards that are sums of parts may differ in their last bits (0.1 + 0.2 and 0.3); that is no signal."""
+"""Relative. Rewards that are sums of parts may differ by rounding (0.1 + 0.2 and 0.3), which is no signal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +39,8 @@ def group_advantages(rewards: Sequence[float], config: AdvantageConfig) -> Group
     `grpo`     (r − mean) / (std + 1e-6), arXiv:2402.03300, section 4.1.2. The paper writes only std(r); this is the sample
                standard deviation (divided by n − 1), as in TRL's GRPOTrainer and verl, both through `torch.std`, so
                that hyperparameters carry over. The population's would make advantages √(n / (n − 1)) larger.
-    `dr_grpo`  r − mean, arXiv:2503.20783: without the division, which favours very easy and very hard prompts.
-    `rloo`     r − mean of the others, arXiv:2402.14740.
+    `dr_grpo`  r − mean, arXiv:2503.20783: the division by std would give very easy and very hard prompts more weight.
+    `rloo`     r − mean of the other completions' rewards, arXiv:2402.14740.
 
     Args:
         rewards: of the group's completions; NaN for one that could not be scored.
@@ -81,4 +81,4 @@ _SCALES: dict[str, Callable[[Sequence[float], float], float]] = {
     "dr_grpo": _dr_grpo_scale,
     "rloo": _rloo_scale,
 }
-"""What r − mean is multiplied by, for each kind."""
+"""The factor of r − mean, for each kind."""

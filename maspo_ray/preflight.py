@@ -1,7 +1,7 @@
-"""What can be checked in the world before anything starts: the model's folder, the data files, the run's folder.
+"""Checks of the files that a config names, before anything starts: the model's folder, the data files, the run's folder.
 
-Promise: takes well under a second and starts nothing; imports neither torch, transformers, ray nor vllm. What passes here can
-still fail later, but not for a file that was not there.
+Promise: takes well under a second and starts nothing; imports neither torch, transformers, ray nor vllm. A run that passes can still
+fail later, but not for want of a local file.
 """
 
 import json
@@ -17,11 +17,12 @@ from maspo_ray.config import DataConfig, JsonlSource, LoraConfig, ModelConfig, R
 from maspo_ray.data.sources import read_rows
 from maspo_ray.errors import ConfigError
 
-# vLLM 0.32.0, CPUAttentionBackend.get_supported_head_sizes: with another size the engine fails only after its start.
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Of vLLM 0.32.0's CPU attention (CPUAttentionBackend.get_supported_head_sizes); with another size the engine would fail only at its
+start."""
 
 _TOKEN_BYTES = 16
-"""Of a completion's token, at most about: id, log-prob, the reference's log-prob, text."""
+"""What a token of a completion takes in the object store, at most about: its id, log-prob, reference log-prob and text."""
 
 _WRITTEN = ("ledger.jsonl", "eval.jsonl", "timeline.json", "summary.json")
 
@@ -29,10 +30,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def preflight(config: RunConfig, resume: bool) -> None:
-    """Checks all that a run needs to find, and reports all faults at once.
+    """Checks the model, the data, the run's folder and the object store's size, and reports all faults at once.
 
     Raises:
-        ConfigError: one line for each fault.
+        ConfigError: something is at fault; it has one line for each fault.
     """
     checks: list[Callable[[], None]] = [
         lambda: check_model(config.model, "cuda" if config.rollout.gpus > 0 else "cpu"),
@@ -53,14 +54,14 @@ def preflight(config: RunConfig, resume: bool) -> None:
 
 
 def is_hub_id(path: str) -> bool:
-    """Returns whether a model's path names one on a hub, as `org/name` does, and not a folder of this machine."""
+    """Returns whether a model's path is a hub's `org/name` rather than a folder of this machine."""
     if path.startswith(("/", "./", "../", "~")) or path.count("/") != 1 or not all(path.split("/")):
         return False
     return not Path(path).exists() and not Path(path.split("/")[0]).is_dir()
 
 
 def check_model(model: ModelConfig, device: Literal["cpu", "cuda"]) -> None:
-    """Checks a local model's folder; a hub id is left to whoever fetches it.
+    """Checks a local model's folder; a hub id is not checked, since that would need the network.
 
     Raises:
         ConfigError: the folder, its config or its tokenizer is missing, or vLLM's CPU attention cannot run it.
@@ -100,7 +101,7 @@ def _check_head_size(config_file: Path, where: str) -> None:
 
 
 def _head_size(tree: dict[str, Any]) -> int | None:
-    """Returns the size of an attention head, None where the config does not say."""
+    """Returns the size of an attention head by a model's config.json, None where that does not say."""
     nested = tree.get("text_config")
     for section in (nested, tree) if isinstance(nested, dict) else (tree,):
         if isinstance(section.get("head_dim"), int):
@@ -112,10 +113,11 @@ def _head_size(tree: dict[str, Any]) -> int | None:
 
 
 def check_lora(lora: LoraConfig | None, model: ModelConfig) -> None:
-    """Checks that each target names modules in the layers of a local model; for others the learner says so at set-up.
+    """Checks that each of `learner.lora.targets` names modules in the layers of a local model; of a hub's model the learner checks it at
+    set-up.
 
     Raises:
-        ConfigError: one does not.
+        ConfigError: a target names no module.
     """
     if lora is None or "all-linear" in lora.targets or is_hub_id(model.path):
         return
@@ -135,7 +137,7 @@ def check_lora(lora: LoraConfig | None, model: ModelConfig) -> None:
 
 
 def _weight_names(folder: Path) -> list[str]:
-    """Returns the names of a model's weights, none where they are not kept as safetensors."""
+    """Returns the names of a model's weights; none where its folder has no safetensors."""
     index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
     try:
         if index.is_file():
@@ -151,10 +153,10 @@ def _weight_names(folder: Path) -> list[str]:
 
 
 def check_data(data: DataConfig) -> None:
-    """Reads the jsonl files through; other sources are checked when they are loaded.
+    """Reads every row of the jsonl sources; other kinds are checked when the run loads them.
 
     Raises:
-        ConfigError: a file is missing or a line of it is at fault.
+        ConfigError: a file is missing, or a line of it is at fault.
     """
     for field, source in (("data.train", data.train), ("data.eval", data.eval)):
         if isinstance(source, JsonlSource):
@@ -162,7 +164,7 @@ def check_data(data: DataConfig) -> None:
 
 
 def check_object_store(config: RunConfig, capacity_bytes: float) -> None:
-    """Checks that what may wait for the learner at once fits the object store, however long it is.
+    """Checks that the object store holds all groups that may be under way at once, with every completion as long as it may get.
 
     Raises:
         ConfigError: it does not.
@@ -182,10 +184,10 @@ def check_object_store(config: RunConfig, capacity_bytes: float) -> None:
 
 
 def check_run_dir(config: RunConfig, resume: bool) -> None:
-    """Checks that the run's folder holds no other run.
+    """Checks that the run's folder can be written to and holds no other run.
 
     Raises:
-        ConfigError: it does, or `resume` asks for what is not there yet.
+        ConfigError: it cannot, or it does; or `resume` is set, which is not supported yet.
     """
     run_dir = config.run_dir
     if resume:
@@ -207,7 +209,7 @@ def check_run_dir(config: RunConfig, resume: bool) -> None:
 
 
 def _is_finished(run_dir: Path) -> bool:
-    """Whether a run came to its last step; one that was interrupted writes a summary too, which says so."""
+    """Returns whether the run in a folder came to its last step; the summary of an interrupted run says that it did not."""
     if (run_dir / "final").exists():
         return True
     try:

@@ -1,4 +1,4 @@
-"""Reward 1 where the completion says exactly the answer, else 0."""
+"""Reward 1 where the completion's text is exactly the answer, else 0."""
 
 import re
 from collections.abc import Sequence
@@ -10,10 +10,13 @@ ANSWER_TAGS = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 def answer_regex(pattern: str, key: str) -> re.Pattern[str]:
-    """Returns the compiled pattern.
+    """Returns a compiled pattern whose one group encloses the answer.
+
+    Args:
+        key: the pattern's key in the config, for errors.
 
     Raises:
-        ConfigError: it is no regular expression, or has not exactly one group.
+        ConfigError: the pattern is no regular expression, or does not have exactly one group.
     """
     try:
         regex = re.compile(pattern, re.DOTALL)
@@ -27,7 +30,7 @@ def answer_regex(pattern: str, key: str) -> re.Pattern[str]:
 
 
 def last_answer(regex: re.Pattern[str], text: str) -> str | None:
-    """Returns what the group caught at the last match, stripped; None without a match."""
+    """Returns the group's text at the last match, stripped; None where nothing matches."""
     matches = list(regex.finditer(text))
     return matches[-1].group(1).strip() if matches and matches[-1].group(1) is not None else None
 

@@ -1,7 +1,6 @@
-"""Reward 1 where the completion's mathematics equals the answer's (`1/2` and `\\frac{1}{2}` and `0.5`), else 0, by math-verify.
+"""Reward 1 where math-verify finds the completion's answer equal to the prompt's (`1/2`, `\\frac{1}{2}` and `0.5` are), else 0.
 
-A completion in which no mathematics is found is wrong; an answer of the data in which none is found is a fault of the data and
-raises.
+A completion in which it finds no mathematics is wrong. A prompt's answer in which it finds none is a fault of the data, and raises.
 """
 
 import logging
@@ -16,9 +15,9 @@ _MARKS = ("$", "\\boxed", "\\(", "\\[")
 
 
 class MathVerifyReward:
-    """Compares expressions, not texts. See `maspo_ray.protocols.RewardActor`.
+    """Compares expressions rather than texts. See `maspo_ray.protocols.RewardActor`.
 
-    Reads the last `\\boxed{...}`, formula or number of the completion; of one that has `<answer>...</answer>` what these enclose.
+    The answer of a completion is what its last `<answer>...</answer>` encloses, else its last `\\boxed{...}`, formula or number.
     """
 
     def setup(self) -> None:
@@ -49,23 +48,23 @@ class MathVerifyReward:
 
 
 def _parse(text: str) -> list[Any]:
-    """Returns the expressions that math-verify finds, none if it finds none."""
+    """Returns the expressions that math-verify finds in a text; empty where it finds none."""
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
-    # math-verify 0.9.0 times out by signal.alarm, which only a main thread has. A run scores in a thread, and reward.timeout_s
-    # is the deadline. Without "no_fallback" an unreadable text would come back as a string.
+    # No timeouts of math-verify's own: 0.9.0 sets them by signal.alarm, which works only on the main thread, and a run scores on another;
+    # reward.timeout_s is the deadline. Without "no_fallback" an unreadable text would come back as a string.
     return parse(
         text, [LatexExtractionConfig(), ExprExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None
     )
 
 
 def _as_formula(text: str) -> str:
-    """Returns a bare answer marked as LaTeX; unmarked, `2\\pi` would be read as the number 2."""
+    """Returns an answer in LaTeX's `$`, if it is not marked yet; unmarked, `2\\pi` would be read as the number 2."""
     return text if not text or any(mark in text for mark in _MARKS) else f"${text}$"
 
 
 def _gold_text(answer: object) -> str:
     if answer is None:
         return ""
-    # repr of a small float is `1e-05`, in which LaTeX sees Euler's number.
+    # Written out, since Python writes a small float as `1e-05`, which would be read as a formula with Euler's number.
     return format(Decimal(repr(answer)), "f") if isinstance(answer, float) else str(answer).strip()

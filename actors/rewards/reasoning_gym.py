@@ -1,4 +1,4 @@
-"""Reward of a reasoning-gym task: what the task's own scorer gives to the completion's answer."""
+"""Reward of a reasoning-gym task: the score that the task's own scorer gives the completion's answer."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -11,17 +11,17 @@ Scorer = Callable[[str | None, dict[str, Any]], float]
 
 
 class ReasoningGymReward:
-    """Scores by the task that made the prompt. See `maspo_ray.protocols.RewardActor`.
+    """Scores by the task that generated the prompt. See `maspo_ray.protocols.RewardActor`.
 
-    The answer is what `answer_pattern` catches last, else what the last `<answer>...</answer>` encloses, else the whole text.
-    Most tasks give part of the reward to an answer with something around it.
+    With `answer_pattern` the answer is its last match's group; without, what the last `<answer>...</answer>` encloses, else the whole
+    text. Most tasks give a right answer with other text around it part of the score.
     """
 
     def __init__(self, threshold: float = 0.99, answer_pattern: str | None = None, binary: bool = False) -> None:
         """Args:
-        threshold: score from which a completion counts as correct.
+        threshold: least score of a completion that counts as correct.
         answer_pattern: regular expression with one group; a completion without a match has no answer.
-        binary: reward 1 from the threshold on and 0 below, as MASPO's risk control assumes, instead of the score.
+        binary: give reward 1 for a correct completion and 0 for any other, as MASPO's risk controller assumes, not the score.
         """
         self._threshold = threshold
         self._binary = binary
@@ -56,7 +56,7 @@ class ReasoningGymReward:
         return text.strip() if tagged is None else tagged
 
     def _scorer(self, metadata: Mapping[str, Any]) -> Scorer:
-        """Returns the scorer of a task with its args, which some tasks score by."""
+        """Returns the scorer of the task with its args, on which some scorers depend."""
         from reasoning_gym import create_dataset
 
         task, args = metadata["task"], metadata.get("args", {})
@@ -67,10 +67,10 @@ class ReasoningGymReward:
 
 
 def _score(scorer: Scorer, answer: str | None, entry: dict[str, Any]) -> float:
-    """Returns the score; 0 where only the answer's form makes the scorer raise.
+    """Returns the scorer's score of an answer; 0 where the scorer raises on this answer but not on the right one.
 
-    reasoning-gym 0.1.25: a few scorers (prime_factorization: `int("abc")`) raise on an answer they cannot read, which is a wrong
-    answer. One that raises on the entry's own answer too is broken, and its error goes on.
+    In reasoning-gym 0.1.25 a few scorers raise on an answer that they cannot read (prime_factorization: `int("abc")`): the answer is wrong.
+    A scorer that raises on the entry's own answer too is broken, and its error is raised.
     """
     try:
         return float(scorer(answer, entry))

@@ -1,1 +1,1 @@
-"""Rows → prompts, and which prompt comes next."""
+"""The training data: rows of a source → tokenised prompts, and the samplers that choose the next prompt."""

@@ -1,11 +1,11 @@
-"""Rows → prompts, tokenised once, and an endless stream of them.
+"""Rows → tokenised prompts, and an endless stream of them.
 
-Promise: a prompt's token ids are made once, here; no later part tokenises. The stream draws as its sampler says and never ends;
-a restored one goes on with exactly what the saved one would have given.
+Promise: a prompt is tokenised once, here, and nowhere later. The stream asks its sampler for each draw and never ends; a restored stream
+goes on with exactly the draws that the saved one would have made.
 
-How a prompt becomes ids. With `data.chat_template`: by the tokenizer's chat template, up to where the assistant's turn begins. Without:
-the text by the tokenizer's defaults, so with a BOS where the model was trained with one, but never with an EOS at its end, behind
-which a model has nothing to say.
+How a prompt becomes token ids. With `data.chat_template`: by the tokenizer's chat template, up to where the assistant's turn begins.
+Without: the text as the tokenizer encodes it by default, so with a BOS where the model was trained with one, but without an EOS at the end,
+since a model has nothing to say after it.
 """
 
 import logging
@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 
 class LoadedPrompts(list[Prompt]):
-    """The prompts of a source, in its order.
+    """The prompts of a source, in the source's order.
 
     Attributes:
         num_too_long: rows left out because they are longer than `data.max_prompt_tokens`.
@@ -121,8 +121,8 @@ class Draw:
     """A prompt that was drawn.
 
     Attributes:
-        index: its place among the prompts.
-        times_drawn: how often it was drawn before; under a sampler that gives each once in every epoch, the epoch.
+        index: the prompt's place among the prompts.
+        times_drawn: how often this prompt was drawn before; under `UniformSampler`, which draws each once in an epoch, the epoch.
     """
 
     index: int
@@ -131,11 +131,11 @@ class Draw:
 
 
 class PromptStream:
-    """Gives prompts without end, as a sampler says.
+    """Draws prompts without end, in the order that a sampler chooses.
 
     Args:
         prompts: at least one.
-        sampler: of as many prompts, made with the same `shuffle` and `seed`.
+        sampler: made for as many prompts, with the same `shuffle` and `seed`.
     """
 
     def __init__(self, prompts: Sequence[Prompt], sampler: Sampler, *, shuffle: bool, seed: int) -> None:
@@ -165,11 +165,11 @@ class PromptStream:
         return self._prompts[:count]
 
     def observe(self, index: int, pass_rate: float) -> None:
-        """Tells the sampler which share of a group's scored completions was correct."""
+        """Passes on to the sampler the share of a group's scored completions that was correct."""
         self._sampler.observe(index, pass_rate)
 
     def state(self) -> dict[str, Any]:
-        """Returns what `restore` needs, as JSON can hold it."""
+        """Returns the state that `restore` takes, in types that JSON can hold."""
         return {
             **self._identity(),
             "sampler_state": self._sampler.state(),
@@ -177,10 +177,10 @@ class PromptStream:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on where the stream stood whose `state` this is.
+        """Goes on where the stream with this `state` stood.
 
         Raises:
-            ConfigError: that stream was over other prompts or in another order, so there is no such place in this one.
+            ConfigError: the saved stream had other prompts, another seed, order or sampler, so that its place means nothing here.
         """
         keys = {"num_prompts": "data.train", "seed": "seed", "shuffle": "data.shuffle", "sampler": "data.sampler.path"}
         for name, own in self._identity().items():
@@ -193,7 +193,7 @@ class PromptStream:
         self._times_drawn = Counter({int(index): int(times) for index, times in state["times_drawn"]})
 
     def _identity(self) -> dict[str, Any]:
-        """Returns what two streams must share for the place in one to be a place in the other."""
+        """Returns the settings that two streams must share for the state of one to be restored in the other."""
         return {
             "num_prompts": len(self._prompts),
             "seed": self._seed,

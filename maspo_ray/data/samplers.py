@@ -1,8 +1,8 @@
-"""Which prompt is drawn next: all alike, or those that the model solves sometimes more often.
+"""Samplers, which choose the prompt to draw next: all prompts equally often, or more often those that the model solves sometimes.
 
-Promise: what is drawn depends on the seed, on how many were drawn, and on what was observed alone, so that a restored sampler
-goes on with exactly what the saved one would have given; a draw costs O(log n) of n prompts. Another sampler is a class of one's own
-(`protocols.Sampler`), which `data.sampler.path` names.
+Promise: a draw depends only on the seed, the number of draws before it and the pass rates observed, so that a restored sampler goes on
+with exactly the draws that the saved one would have made; a draw costs O(log n) for n prompts. A sampler of the user's own is a class
+with `protocols.Sampler`'s methods, named by `data.sampler.path`.
 """
 
 import math
@@ -14,6 +14,7 @@ from typing import Any
 from maspo_ray.errors import ConfigError
 
 _UNKNOWN_PASS_RATE = 0.5
+"""Assumed of a prompt before its first group is scored; no pass rate has a larger weight, so that no new prompt is passed over."""
 
 
 class UniformSampler:
@@ -34,7 +35,7 @@ class UniformSampler:
         return self._order[position]
 
     def observe(self, index: int, pass_rate: float) -> None:
-        """Does nothing: all prompts stay alike."""
+        """Does nothing: every prompt is drawn equally often."""
 
     def state(self) -> dict[str, Any]:
         return {"drawn": self._drawn}
@@ -51,15 +52,15 @@ class UniformSampler:
 
 
 class PassRateSampler:
-    """Draws each prompt once, as `UniformSampler` does, and from then on by what the model made of it.
+    """Draws each prompt once, as `UniformSampler` does, and then at random, more often those that the model solves about half the time.
 
-    A prompt's weight is p(1 − p) + floor, where p is an exponential mean of its groups' pass rates: p(1 − p) is the variance of a
-    binary reward, which is what a group's advantages live on, and 0 where the model always or never solves the prompt. Until its
-    first group was scored p is ½.
+    A prompt's weight is p(1 − p) + floor, where p is the exponential moving average of its groups' pass rates, ½ until the first group is
+    scored. p(1 − p) is the variance of a binary reward: with none, all completions of a group are rewarded alike and its advantages are 0.
 
     Args:
-        decay: what of p stays when a new pass rate comes; 0 keeps the latest alone.
-        floor: what keeps a prompt that was always or never solved in the game, since the policy changes; beside at most ¼.
+        decay: share of p that is kept when a group's pass rate comes in; at 0, p is the latest pass rate.
+        floor: weight that every prompt has besides p(1 − p), which is at most ¼. It keeps prompts that were always or never solved from
+            dropping out for good: the policy changes, and may come to solve them sometimes.
     """
 
     def __init__(self, num_prompts: int, shuffle: bool, seed: int, decay: float = 0.5, floor: float = 0.05) -> None:
@@ -79,7 +80,7 @@ class PassRateSampler:
     def next(self) -> int:
         self._drawn += 1
         if self._drawn > self._num_prompts:
-            # A generator for each draw: the place in the sequence is all that there is to save.
+            # Seeded by the number of the draw, so that a saved sampler needs no generator's state.
             return self._weights.find(random.Random(f"{self._seed}/draw {self._drawn}").random())
         index = self._first_pass.next()
         self._weights.set(index, self._weight(index))
@@ -111,10 +112,11 @@ class PassRateSampler:
 
 
 class _WeightTree:
-    """Weights of indices, and the sums of every half, quarter and so on of them: a heap whose root is at 1.
+    """Draws an index by weight in O(log n): a binary tree in an array, root at 1, whose leaves are the weights and whose nodes are the
+    sums of their two children.
 
-    A sum is made of what is below it anew whenever that changes, never by a difference, so that it does not depend on what the weights
-    were before.
+    When a weight changes, the sums above it are added up again rather than corrected by the difference: rounding errors would pile up,
+    and a restored tree, which never saw the old weights, would differ from the saved one.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
@@ -132,11 +134,11 @@ class _WeightTree:
             self._sums[place] = self._sums[2 * place] + self._sums[2 * place + 1]
 
     def find(self, share: float) -> int:
-        """Returns the index at which the weights before it come to `share`, in [0, 1), of all; never one of weight 0."""
+        """Returns the index whose interval holds `share`, in [0, 1), where the weights divide [0, 1) in order; never one of weight 0."""
         place, left_over = 1, share * self._sums[1]
         while place < self._leaves:
             place *= 2
-            # Rounding may leave a little more than there is: it must not lead to where there is nothing.
+            # Rounding can leave slightly more than the whole left half; without weight on the right the index is still on the left.
             if left_over >= self._sums[place] and self._sums[place + 1] > 0:
                 left_over -= self._sums[place]
                 place += 1

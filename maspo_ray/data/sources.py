@@ -1,8 +1,8 @@
-"""A data source of the config → its rows: prompt, answer, and what else the data says.
+"""A data source of the config → its rows: prompt, answer, and the other columns as metadata.
 
-Promise: every row has a prompt that can be asked and an answer column that was there; a fault of the data is a `ConfigError` that
-names the config's key, and the line where there is one. Knows no tokenizer. The libraries behind the sources are imported
-when a source of their kind is read.
+Promise: every row has a prompt that is not empty, and its answer column exists; a fault in the data is a `ConfigError` that names the
+config's key and, for a file, the line. Tokenising is `prompts`'. The libraries behind the sources are imported only when a source of
+their kind is read.
 """
 
 import difflib
@@ -43,10 +43,10 @@ def read_rows(source: DataSource, field: str) -> list[Row]:
     """Returns the rows of a source, at least one, in the data's own order.
 
     Args:
-        field: the source's key in the config, such as `data.train`; errors name it, and the row ids end its last part.
+        field: the source's key in the config, such as `data.train`; errors name it, and row ids begin with its last part.
 
     Raises:
-        ConfigError: the source is not there, cannot be read, or a row lacks what the config says it has.
+        ConfigError: the source does not exist or cannot be read, or a row lacks a column that the config names.
     """
     match source:
         case JsonlSource():
@@ -102,7 +102,7 @@ def _huggingface_rows(source: HuggingFaceSource, field: str) -> list[Row]:
     try:
         data = load_dataset(source.name, source.subset, split=source.split)
     except Exception as error:
-        # The library raises its own, the hub client's and the operating system's errors alike.
+        # The library raises errors of its own, of the hub's client and of the operating system, which have no base class but this.
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigError(f"{where}; loading it fails: {cause}. Check {field}.name, subset and split.") from error
     if not len(data):
@@ -155,7 +155,8 @@ def _row(record: dict[str, Any], source: JsonlSource | HuggingFaceSource, field:
 
 
 def _column(record: dict[str, Any], name: str, key: str, where: str) -> Any:
-    """Returns a column's value; a name with a dot that is no column itself goes into a column of dictionaries."""
+    """Returns a column's value; a dotted name such as `extra.answer`, unless a column is called so, looks inside a column of
+    dictionaries."""
     if name in record:
         return record[name]
     value: Any = record

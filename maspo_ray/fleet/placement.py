@@ -1,7 +1,7 @@
-"""Which actor goes on which node: a pure plan.
+"""The placement of actors on nodes, as a pure plan.
 
-Promise: a `Plan` that exists places every actor that the config asks for and over-commits no node and no single GPU. Holding
-the places is `reservation`'s. Does not import Ray, so that planning answers at once.
+Promise: a `Plan` places every actor that the config asks for and over-commits no node and no single GPU. Reserving the places in Ray is
+`reservation`'s; this module does not import Ray, so that `maspo check` answers at once.
 """
 
 import copy
@@ -17,13 +17,13 @@ from maspo_ray.config import PlacementConfig, RunConfig
 from maspo_ray.errors import ConfigError
 
 Resource = Literal["gpus", "cpus"]
-# Ray counts resources in ten-thousandths; counting alike keeps 0.1 + 0.2 within 0.3.
 _DIGITS = 4
+"""Ray counts resources in ten-thousandths. Rounding to as many digits lets 0.1 + 0.2 CPUs fit into 0.3."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Node:
-    """A node that the plan may use. `name` is Ray's node id on a cluster; `cpus` may be infinite: as many as it takes."""
+    """A node that the plan may use, with all its resources. On a cluster `name` is Ray's node id; `cpus` is infinite if unknown."""
 
     name: str
     gpus: float
@@ -32,9 +32,9 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class RoleDemand:
-    """What a role asks for: `replicas` actors in all, or `per_node` on each GPU node; 1 in all if both are None.
+    """A role's demand: `replicas` actors in all, or `per_node` on each GPU node; 1 in all if both are None.
 
-    `gpus` and `cpus` are of one actor: below 1 a share of one physical GPU, from 1 on whole GPUs of one node.
+    `gpus` and `cpus` are those of one actor. Below 1, `gpus` is a share of one physical GPU; from 1 on, whole GPUs of one node.
     """
 
     role: str
@@ -48,18 +48,18 @@ class RoleDemand:
 
     @property
     def count(self) -> int:
-        """Actors in all, or on each node."""
+        """The number of actors: in all, or on each GPU node where `per_node` is set."""
         return self.replicas or self.per_node or 1
 
     def knob(self, resource: Resource) -> str:
-        """Returns the key that a user lowers so that the role asks for less of the resource."""
+        """Returns the config key that a user can lower so that the role takes less of the resource."""
         key = resource if self.count == 1 else "replicas" if self.per_node is None else "per_node"
         return f"{self.role}.{key}"
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """The place of one actor. `replica` counts within the role; a learner's is its rank."""
+    """The place of one actor on a node. `replica` counts from 0 within the role; a learner's is its rank."""
 
     role: str
     replica: int
@@ -70,7 +70,7 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`slots` are in the order in which they were placed; a role's own are in order of replica."""
+    """A slot for every actor. `slots` are in the order of placement, and those of one role in the order of their replicas."""
 
     slots: tuple[Slot, ...]
     nodes: tuple[Node, ...]
@@ -82,7 +82,7 @@ class Plan:
         return tuple(slot for slot in self.slots if slot.node == name)
 
     def table(self) -> str:
-        """Returns an aligned text table: a line for each actor, then used / available of each node."""
+        """Returns an aligned text table: a line for each actor, then a line for each node with its used / available resources."""
         rows = [("node", "role", "replica", "gpus", "cpus")]
         totals = []
         for node in self.nodes:
@@ -97,7 +97,7 @@ class Plan:
 
 
 def demands(config: RunConfig) -> tuple[RoleDemand, ...]:
-    """Returns what each role asks for; the reference only if its KL is in the loss."""
+    """Returns the demand of each role that the run starts; the reference is one only if its KL is in the loss."""
     sections = {"learner": config.learner, "rollout": config.rollout}
     if config.kl.coef > 0:
         sections["reference"] = config.reference
@@ -109,13 +109,13 @@ def demands(config: RunConfig) -> tuple[RoleDemand, ...]:
 
 
 def config_nodes(placement: PlacementConfig) -> tuple[Node, ...]:
-    """Returns the nodes that `maspo check` plans for: those of the config, else this machine.
+    """Returns the nodes that `maspo check` plans for: the config's `placement.nodes`, else this machine.
 
-    A cluster whose `cpus_per_node` is not given has as many as it takes (shown as `-`): this machine's count says nothing
-    about it.
+    Without `placement.cpus_per_node` a cluster's nodes have infinitely many CPUs (shown as `-`), since this machine's count says nothing
+    about them.
     """
     if placement.nodes is None:
-        # The affinity knows what a container or a batch system has left of the machine; only Linux tells it.
+        # The affinity counts the CPUs that a container or a batch system allows this process; only Linux has it.
         local_cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
         return (Node("local", placement.gpus_per_node, placement.cpus_per_node or local_cpus),)
     cpus = placement.cpus_per_node or math.inf
@@ -144,7 +144,7 @@ def plan(demands: Sequence[RoleDemand], nodes: Sequence[Node]) -> Plan:
 
 
 class _Room:
-    """What is left of a node. GPUs are handed out as Ray does: fractions by best fit, whole ones only if untouched."""
+    """A node's free resources. GPUs are assigned as Ray does: a fraction to the GPU that it fits best, whole GPUs only if unused."""
 
     def __init__(self, node: Node) -> None:
         self.node = node
@@ -154,7 +154,7 @@ class _Room:
         self.actors = 0
 
     def gpus_for(self, gpus: float) -> list[int] | None:
-        """Returns the indices of the GPUs that an actor would get; None if they are not free."""
+        """Returns the indices of the GPUs that an actor would get; None if too few are free."""
         if gpus >= 1:
             untouched = [i for i, free in enumerate(self.free_gpus) if free == 1]
             return untouched[: int(gpus)] if len(untouched) >= gpus else None
@@ -162,7 +162,7 @@ class _Room:
         return sorted(fitting, key=self.free_gpus.__getitem__)[:1] or None if gpus else []
 
     def lacks(self, demand: RoleDemand) -> Resource | None:
-        """Returns what keeps an actor out, if anything."""
+        """Returns the resource of which too little is free for an actor, None if there is room for it."""
         if self.gpus_for(demand.amount("gpus")) is None:
             return "gpus"
         return "cpus" if self.free_cpus < demand.amount("cpus") else None
@@ -179,7 +179,7 @@ class _Room:
         return True
 
     def capacity(self, demand: RoleDemand) -> int:
-        """Returns how many of the demand's actors there is room for."""
+        """Returns for how many of the demand's actors there is room."""
         scratch = copy.deepcopy(self)
         return sum(scratch.take(demand) for _ in range(demand.count))
 
@@ -203,7 +203,7 @@ def _slots(demands: Sequence[RoleDemand], nodes: Sequence[Node]) -> tuple[Slot, 
 
 
 def _choose(demand: RoleDemand, scope: Sequence[_Room]) -> list[_Room]:
-    """Returns the room of each actor, having taken it; fewer where there is no room for more."""
+    """Places a demand's actors; returns the room of each, fewer than the demand asks for where no more fit."""
     if demand.role == "learner":
         by_capacity = sorted(scope, key=lambda room: -room.capacity(demand))
         places = (room for room in by_capacity for _ in range(demand.count) if room.take(demand))
@@ -221,7 +221,7 @@ def _choose(demand: RoleDemand, scope: Sequence[_Room]) -> list[_Room]:
 def _shortage(
     demand: RoleDemand, placed: int, scope: Sequence[_Room], slots: Sequence[Slot], demands: Sequence[RoleDemand]
 ) -> ConfigError:
-    """Returns what a role needs of the resource that ran out, against what the nodes have of it."""
+    """Returns the error that says what a role needs of the resource that ran out, and what the nodes have of it."""
     resource: Resource = "gpus" if all(room.lacks(demand) == "gpus" for room in scope) else "cpus"
     unit, amount, count = resource[:-1].upper(), demand.amount(resource), demand.count
     names, total = {room.node.name for room in scope}, sum(getattr(room.node, resource) for room in scope)
@@ -249,7 +249,7 @@ def _number(value: float) -> str:
 
 
 def count_text(value: float, noun: str) -> str:
-    """Returns an amount as people say it: `1 GPU`, `2 GPUs`."""
+    """Returns an amount with its noun: `1 GPU`, `2 GPUs`."""
     return f"{_number(value)} {noun}{'' if value == 1 else 's'}"
 
 

@@ -1,7 +1,7 @@
-"""Holds a plan's places in a Ray cluster.
+"""Reserves a plan's slots in a Ray cluster.
 
-Promise: a `Reservation` that exists holds all of its plan on the planned nodes, and a failed one holds nothing; a cluster that does
-not register what is needed in time is answered with both. Starting the actors is `fleet`'s.
+Promise: a `Reservation` holds every slot of its plan on the planned node, and a reservation that failed holds nothing; where a cluster does
+not register enough nodes in time, the error says what had registered and what is needed. Starting the actors is `fleet`'s.
 """
 
 import logging
@@ -24,7 +24,7 @@ _LOG_EVERY_S = 5.0
 
 
 def cluster_nodes() -> tuple[Node, ...]:
-    """Returns the living nodes of the Ray cluster with all they have: the head first, then by address and node id."""
+    """Returns the living nodes of the Ray cluster with their total resources: the head first, then by address and node id."""
 
     alive = [info for info in ray.nodes() if info["Alive"]]
     alive.sort(key=lambda n: ("node:__internal_head__" not in n["Resources"], n["NodeManagerAddress"], n["NodeID"]))
@@ -35,7 +35,7 @@ def wait_for_cluster(demands: Sequence[RoleDemand], wait_s: float) -> Plan:
     """Returns the first plan that fits the nodes registered by then.
 
     Raises:
-        ConfigError: none fits after `wait_s`; says what had registered against what is needed, if there was a wait.
+        ConfigError: no plan fits after `wait_s`; after a wait, it says what had registered and what is needed.
     """
     start, logged_at = time.monotonic(), -math.inf
     while True:
@@ -46,7 +46,7 @@ def wait_for_cluster(demands: Sequence[RoleDemand], wait_s: float) -> Plan:
         except ConfigError as error:
             fault = error
         if wait_s == 0:
-            # A Ray of the run's own: no node will join it.
+            # This is a Ray of the run's own, which no further node joins.
             raise fault
         against = f"registered: {count_text(len(nodes), 'node')}, {_totals(nodes)}; needed: {_needed(demands)}"
         if waited_s >= wait_s:
@@ -73,29 +73,29 @@ def _needed(demands: Sequence[RoleDemand]) -> str:
 
 @dataclass(slots=True)
 class Reservation:
-    """The placement groups that hold a plan, one for each node used, and the bundle of each slot."""
+    """A plan's reserved slots: a placement group for each node in use, and each slot's bundle in its group."""
 
     groups: list[PlacementGroup] = field(default_factory=list)
     bundles: dict[Slot, tuple[PlacementGroup, int]] = field(default_factory=dict)
 
     def strategy(self, slot: Slot) -> PlacementGroupSchedulingStrategy:
-        """Returns what puts an actor into its slot; good again for the actor that replaces it."""
+        """Returns the scheduling strategy that starts an actor in a slot; the same one serves the actor that replaces it."""
 
         group, index = self.bundles[slot]
         return PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
 
     def release(self) -> None:
-        """Gives everything back, ending the actors in it; harmless when called again."""
+        """Frees all slots, which ends the actors in them; a second call does nothing."""
 
         while self.groups:
             remove_placement_group(self.groups.pop())
 
 
 def reserve(plan: Plan, wait_s: float) -> Reservation:
-    """Returns the plan's slots, held for this job on the planned nodes.
+    """Returns the plan's slots, reserved for this job on the planned nodes.
 
     Raises:
-        ConfigError: a node does not give what is planned within `wait_s`, since others hold it or the node is gone.
+        ConfigError: a slot was not free within `wait_s`, since another job holds its node's resources or the node is gone.
     """
 
     reservation, waiting = Reservation(), {}
@@ -104,9 +104,9 @@ def reserve(plan: Plan, wait_s: float) -> Reservation:
             slots = plan.on_node(node.name)
             if not slots:
                 continue
-            # A node's address is shared by the nodes of a simulated cluster; its id is its own.
+            # By the node's id, since the nodes of a simulated cluster share one address.
             selector = [{"ray.io/node-id": node.name}] * len(slots)
-            # Ray fits bundles to GPUs in the order given, so that the order of the plan repeats the plan's fit.
+            # Ray assigns GPUs to bundles in their order, so that bundles in the plan's order get the GPUs that the plan counted on.
             group = placement_group([_bundle(slot) for slot in slots], "STRICT_PACK", bundle_label_selector=selector)
             reservation.groups.append(group)
             reservation.bundles.update({slot: (group, index) for index, slot in enumerate(slots)})
@@ -127,7 +127,7 @@ def reserve(plan: Plan, wait_s: float) -> Reservation:
 
 def _bundle(slot: Slot) -> dict[str, float]:
     wanted = {"GPU": slot.gpus, "CPU": slot.cpus}
-    # Ray refuses an empty bundle; one byte holds the place of an actor that asks for nothing.
+    # Ray refuses an empty bundle; an actor that asks for nothing reserves one byte of memory.
     return {name: amount for name, amount in wanted.items() if amount} or {"memory": 1}
 
 

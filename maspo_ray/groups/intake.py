@@ -56,6 +56,11 @@ class Intake:
         return self._ledger.counts
 
     @property
+    def max_lag(self) -> int:
+        """How many versions behind the learner a token that is trained on may be at most."""
+        return self._gate.version - self.oldest_trainable_version
+
+    @property
     def oldest_trainable_version(self) -> int:
         """A group with an older token is refused by the learner, now and later: what is left of it need not be generated."""
         return self._late_policy.oldest_version(self._gate.version)

@@ -1,7 +1,7 @@
-"""What becomes of completions that are too long: DAPO's soft punishment, and leaving those that were cut off out of the loss.
+"""Overlong completions: DAPO's length penalty on their reward, and leaving those that were cut off out of the loss.
 
-Promise: pure; both are off unless the config asks for them, and the verifier's verdict stays as it was given. The one shape
-of what is trained on is a group's advantages with None where a rollout is in no loss, whatever the reason.
+Promise: pure; both are off unless the config asks for them, and the verifier's verdict is not changed. A group's trained rollouts have
+one form, whatever left the others out: its advantages, with None for a rollout that is in no loss.
 """
 
 from collections.abc import Sequence
@@ -11,16 +11,16 @@ from maspo_ray.config import OverlongConfig
 from maspo_ray.experience import CompletionFacts, Outcome, Rollout
 
 _NO_SIGNAL = 1e-12
-"""Relative to the group's largest. An advantage of a reward that is the group's mean may differ from 0 in its last bits."""
+"""Relative to the group's largest advantage. Where a reward equals the group's mean, its advantage may differ from 0 by rounding."""
 
 
 def is_cut_off(facts: CompletionFacts) -> bool:
-    """Whether a completion ended because it reached the limit."""
+    """Whether a completion ended at the token limit rather than at an end-of-sequence token."""
     return facts.finish_reason == "length"
 
 
 def overlong_penalty(facts: CompletionFacts, max_new_tokens: int, config: OverlongConfig | None) -> float:
-    """Returns what a completion's length takes off its reward, from 0 to `penalty`; 0 without a config.
+    """Returns the length penalty to subtract from a completion's reward, from 0 to `config.penalty`; 0 without a config.
 
     With L_max = `max_new_tokens` and L_cache = `buffer_tokens`, DAPO (arXiv:2503.14476, section 3.4, equation 13) adds to the reward
 
@@ -28,8 +28,8 @@ def overlong_penalty(facts: CompletionFacts, max_new_tokens: int, config: Overlo
         ((L_max − L_cache) − |y|) / L_cache    where L_max − L_cache < |y| ≤ L_max
         −1                                 where L_max < |y|
 
-    and this is its negative times `penalty`. No completion here is longer than L_max, which the engine ends; one that it cut off
-    would have been, so that the last case is of those, also where the model's context cut them off before L_max.
+    and this returns its negative times `penalty`. The engine ends every completion at L_max, or earlier where the model's context is
+    full. The last case is therefore that of completions that were cut off, which would have gone on.
     """
     if config is None:
         return 0.0
@@ -44,9 +44,9 @@ def trained_advantages(
 ) -> tuple[float | None, ...]:
     """Returns each rollout's advantage, None for one that is in no loss and no normaliser.
 
-    Those are what could not be scored and, with `filter_overlong`, what was cut off. The latter have counted in the baseline that
-    `advantages` are taken from: what they were scored says how hard the prompt is, their tokens do not say what was wrong with
-    them (DAPO's overlong filtering, section 3.4; TRL's `mask_truncated_completions`).
+    Those are the rollouts that could not be scored and, with `filter_overlong`, those that were cut off (DAPO's overlong filtering, section
+    3.4; TRL's `mask_truncated_completions`). Rollouts that were cut off still count in the baseline of `advantages`: their reward says
+    how hard the prompt is, but not which of their tokens were at fault.
     """
     return tuple(
         None
@@ -59,14 +59,14 @@ def trained_advantages(
 def why_not_trained(
     trained: Sequence[float | None], advantages: GroupAdvantages, filter_zero_variance: bool
 ) -> str | None:
-    """Returns why a group is to be filtered, None if the learner can have it.
+    """Returns the reason to filter a group, None if the learner can train on it.
 
-    One of which nothing is left is never trained on; with `filter_zero_variance`, neither is one of which what is left has no
-    advantage.
+    A group without a trained rollout is always filtered; with `filter_zero_variance`, so is one whose trained rollouts all have an
+    advantage of 0.
 
     Args:
         trained: as `trained_advantages` returns it.
-        advantages: of all rollouts, also those that were left out.
+        advantages: of all the group's rollouts, also those that are not trained on.
     """
     left = [abs(advantage) for advantage in trained if advantage is not None]
     if not left:

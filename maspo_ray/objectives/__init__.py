@@ -17,7 +17,7 @@ from maspo_ray.objectives.peers import grpo_gate
 
 __all__ = ["GATES", "Gate", "PolicyLoss", "importance_weights", "objective_sums", "policy_loss"]
 
-# Each gate takes its own config class, which a dict's type cannot say; the key is that class.
+# `Any`, since each gate takes the config class that is its key here, which the type of a dict cannot express.
 GATES: dict[type, Gate[Any]] = {
     MaspoConfig: maspo_gate,
     GrpoConfig: grpo_gate,
@@ -35,12 +35,12 @@ def policy_loss(
 
     Args:
         logprobs: [tokens], log π_θ; the only argument that gets a gradient.
-        old_logprobs: [tokens], log π_old, what the ratio is measured against.
+        old_logprobs: [tokens], log π_old, the denominator of the ratio.
         advantages: [tokens], Â.
         cu_seqlens: [sequences + 1] int, bounds of the packed sequences; only sequence-level gates read it.
 
     Raises:
-        ConfigError: the config has no gate, or the shapes differ.
+        ConfigError: no gate is registered for the config's class, or the shapes differ.
     """
     gate = GATES.get(type(config))
     if gate is None:

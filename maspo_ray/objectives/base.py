@@ -1,4 +1,4 @@
-"""One surrogate for every objective; an objective is its gate.
+"""The one surrogate loss that all objectives share; objectives differ in their gate F alone.
 
 Promise: with ρ = π_θ / π_old = exp(clamp(log π_θ − log π_old, −20, 20)) and a detached gate F,
 
@@ -23,7 +23,7 @@ ConfigT_contra = TypeVar("ConfigT_contra", contravariant=True)
 
 @dataclass(frozen=True, slots=True)
 class PolicyLoss:
-    """What an objective makes of packed tokens; float32, or float64 where the log-probs were.
+    """An objective's loss, gate and ratio for packed tokens; float32, or float64 where the log-probs were.
 
     Attributes:
         token_loss: [tokens], the only field with a gradient.
@@ -37,7 +37,7 @@ class PolicyLoss:
 
 
 class Gate(Protocol[ConfigT_contra]):
-    """A pure function that returns F, [tokens]; what it is given carries no gradient. It need not know of `ratio_cap`.
+    """A pure function that returns F, [tokens]. Its arguments carry no gradient, and `ratio_cap` is applied to its result afterwards.
 
     Args:
         ratio: [tokens], ρ.
@@ -60,10 +60,10 @@ def gated_loss(
     config: ObjectiveConfig,
     cu_seqlens: Tensor | None,
 ) -> PolicyLoss:
-    """Returns the surrogate under one gate.
+    """Returns the surrogate loss under one gate.
 
     Raises:
-        ConfigError: the shapes differ; broadcasting would pair tokens with each other's advantages.
+        ConfigError: the shapes differ; broadcasting would give tokens the advantages of others.
     """
     for name, tensor in (("old_logprobs", old_logprobs), ("advantages", advantages)):
         if tensor.shape != logprobs.shape:
@@ -82,9 +82,10 @@ def gated_loss(
 
 
 def importance_weights(old_logprobs: Tensor, behaviour_logprobs: Tensor, cap: float) -> Tensor:
-    """Returns min(π_old / μ, cap), [tokens], detached: truncated importance sampling, which multiplies the loss outside the gate.
+    """Returns the truncated importance weights min(π_old / μ, cap), [tokens], detached; the caller multiplies the loss by them.
 
-    For a ratio to π_old only: one to μ holds the correction already, and would be corrected twice.
+    Only for `old_policy: recompute`, where ρ = π_θ / π_old says nothing of μ. With ρ = π_θ / μ the ratio is the correction already, and
+    the weight would apply it twice.
     """
     dtype = compute_dtype(old_logprobs)
     log_weight = old_logprobs.detach().to(dtype) - behaviour_logprobs.detach().to(dtype)

@@ -1,7 +1,7 @@
-"""What an objective did to which tokens: by the advantage's sign, by how likely the token was, and by how stale it is.
+"""An objective's metrics by kind of token: by the advantage's sign, by the token's probability, and by its staleness.
 
-Promise: sums in fixed tables that add up over micro-batches and ranks, whatever the split; the names and the means are made of the
-sums at the end. Detached; nothing waits for the device before that.
+Promise: the sums are tables of a fixed shape that add up over micro-batches and ranks, however the batch was split. They carry no
+gradient and stay on the device until `metrics` turns them into named means.
 """
 
 import math
@@ -22,7 +22,7 @@ _LABELS = (
     *(f"lag_{lag}" for lag in range(_MAX_LAG + 1)),
 )
 _PROBABILITIES, _LAGS = 2, 12
-"""Where the rows of a table that are by probability begin, and those that are by lag."""
+"""The first row by probability, and the first by lag: `_LABELS` are the rows of a table."""
 
 _STATISTICS = (
     *("tokens", "gate", "gate_below_0.9", "gate_below_0.5", "gate_below_0.1"),
@@ -31,15 +31,16 @@ _STATISTICS = (
 """The columns of a table, each a sum over tokens."""
 
 _BIN_WIDTH, _HALF_BINS = 0.01, 200
+"""The histogram of log ρ has bins of 1 % from e^−2 to e^2; ratios outside fall into the first and the last."""
 QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
 
 
 class Breakdown:
-    """One rank's sums, of an update or of several.
+    """One rank's sums over the tokens of one update or of several.
 
     Attributes:
-        table: [labels, statistics] float64.
-        histogram: [lags, bins] float64, tokens by log ρ.
+        table: [labels, statistics] float64: for each kind of token, the sum of each statistic.
+        histogram: [lags, bins] float64: for each lag, the number of tokens by log ρ.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -58,14 +59,15 @@ class Breakdown:
         lags: Tensor,
         mask: Tensor,
     ) -> None:
-        """Adds a micro-batch; every argument is [tokens].
+        """Adds a micro-batch's tokens; every argument is [tokens].
 
         Args:
             logprobs: log π_θ.
-            behaviour_logprobs: log μ, of what sampled the tokens; not log π_old where that is recomputed.
-            entropy: of the current policy where it met the token.
-            lags: int64, weight versions between the oldest that the token is of and what is updated.
-            mask: bool, which tokens count.
+            behaviour_logprobs: log μ of the behaviour policy, which sampled the tokens; log π_old is another where it is recomputed.
+            entropy: of the current policy's distribution at the token.
+            lags: int64, staleness in weight versions: the version being updated minus the oldest that the token's completion was
+                sampled by.
+            mask: bool, True for the tokens to count.
         """
         gate, ratio = loss.gate, loss.ratio
         counts = mask.double()
@@ -75,7 +77,7 @@ class Breakdown:
         statistics = torch.stack([torch.where(mask, row, 0).double() for row in rows], dim=1)
         probability = (old_logprobs.exp() * 10).long().clamp(0, 9) + _PROBABILITIES
         lag = lags.clamp(0, _MAX_LAG)
-        # A token without an advantage has no gradient, whatever its gate: it is in neither row of the signs.
+        # A token whose advantage is 0 has no gradient, whatever its gate, and counts neither as positive nor as negative.
         signed = statistics * (advantages != 0).unsqueeze(1)
         for label, values in (((advantages > 0).long(), signed), (probability, statistics), (lag + _LAGS, statistics)):
             self.table.index_add_(0, label, values)
@@ -83,18 +85,18 @@ class Breakdown:
         self.histogram.view(-1).index_add_(0, lag * 2 * _HALF_BINS + bins, counts)
 
     def merge(self, other: "Breakdown") -> None:
-        """Adds what another has gathered."""
+        """Adds another breakdown's sums."""
         self.table += other.table
         self.histogram += other.histogram
 
     def metrics(self) -> dict[str, float]:
-        """Returns means by label and the quantiles of ρ, always by the same names; what has no tokens is NaN.
+        """Returns means over the tokens of each label, and quantiles of ρ, always by the same names; NaN where there are no tokens.
 
-        objective/gate_mean/…, objective/gate_below_0.9/… (0.5, 0.1), objective/clip_0.2_share/…, objective/entropy/… for every label;
-        for each lag also objective/token_share/…, objective/ratio_mean/…, objective/effective_sample_share/…, (Σ ρ)² / (n Σ ρ²),
-        objective/behaviour_kl/…, KL(μ || π_θ), and objective/ratio_p01/… (p10, p50, p90, p99), quantiles of the ratio's histogram,
-        exact to 1 %; beyond e^±2 they read e^±2. The effective sample share, the KL and the quantiles are given over all lags too.
-        The last lag stands for all that are larger. A token share is NaN only where no lag has tokens.
+        Of every label: objective/gate_mean/…, objective/gate_below_0.9/… (0.5, 0.1), objective/clip_0.2_share/…, objective/entropy/….
+        Of every lag also: objective/token_share/…, its share of all tokens; objective/ratio_mean/…; objective/effective_sample_share/…,
+        (Σ ρ)² / (n Σ ρ²); objective/behaviour_kl/…, KL(μ || π_θ); and objective/ratio_p01/… (p10, p50, p90, p99), the quantiles of the
+        ratio to 1 %, which read e^±2 where they lie beyond. The effective sample share, the KL and the quantiles are also given over
+        all lags together. The largest lag's row holds all larger lags too.
         """
         total = dict(zip(_STATISTICS, self.table[_LAGS:].sum(0).tolist(), strict=True))
         found = {
@@ -119,10 +121,11 @@ class Breakdown:
 
 
 def _behaviour_kl(logprobs: Tensor, behaviour_logprobs: Tensor) -> Tensor:
-    """Returns [tokens] float64 terms, at least 0, whose mean over tokens that μ sampled estimates KL(μ || π_θ).
+    """Returns each token's estimate of KL(μ || π_θ), [tokens] float64: how far the policy has moved from the one that sampled.
 
-    r − 1 − log r with r = π_θ / μ (Schulman, "Approximating KL divergence", 2020, k3): since E_μ[r] = 1, its mean under μ is that
-    of −log r. log r is bounded as the objective's. In float64, where r − 1 and log r are taken from each other.
+    r − 1 − log r with r = π_θ / μ, the k3 of Schulman, "Approximating KL divergence", 2020. It is never negative, and unbiased, since
+    under μ the mean of r − 1 is 0 and that of −log r is the KL. log r is clamped as in the objective. In float64, since r − 1 and log r
+    nearly cancel where the policies are alike.
     """
     log_ratio = (logprobs.double() - behaviour_logprobs.double()).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return torch.expm1(log_ratio) - log_ratio
@@ -138,9 +141,9 @@ def _effective_share(row: dict[str, float]) -> float:
 
 
 def _quantiles(histogram: Tensor, suffix: str) -> dict[str, float]:
-    """Returns the quantiles of a histogram, [bins]; NaN of an empty one."""
-    reached = histogram.cumsum(0)
-    wanted = torch.tensor(QUANTILES, dtype=torch.float64, device=reached.device) * reached[-1]
-    bins = torch.searchsorted(reached, wanted)
-    values = torch.where(reached[-1] > 0, ((bins - _HALF_BINS + 0.5) * _BIN_WIDTH).exp(), math.nan).tolist()
+    """Returns the quantiles of ρ from a histogram of log ρ, [bins]; NaN of an empty one. `suffix` ends their names."""
+    cumulative = histogram.cumsum(0)
+    ranks = torch.tensor(QUANTILES, dtype=torch.float64, device=cumulative.device) * cumulative[-1]
+    bins = torch.searchsorted(cumulative, ranks)
+    values = torch.where(cumulative[-1] > 0, ((bins - _HALF_BINS + 0.5) * _BIN_WIDTH).exp(), math.nan).tolist()
     return {f"objective/ratio_p{round(100 * q):02d}{suffix}": value for q, value in zip(QUANTILES, values, strict=True)}

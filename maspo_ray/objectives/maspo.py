@@ -8,9 +8,9 @@
              1                             elsewhere (the gate is unilateral)
 
 Where this departs from the paper's text: the clamps are those of the authors' released implementation; the text has none.
-The risk controller assumes binary, verified rewards: it reads a group-normalised Â as how surprising a right or wrong
-answer was, which a graded reward does not say. Such a reward works, but the widths then follow how its values are spread.
-Nothing bounds Â < 0 and ρ > 1, as in the paper; `ratio_cap` does, for every objective alike.
+The risk controller assumes binary, verified rewards: a group-normalised Â then says how surprising a right or a wrong answer was. With
+a graded reward it says how the group's values are spread, and the gates' widths follow that instead.
+As in the paper, the gate does not bound tokens with Â < 0 and ρ > 1; `ratio_cap` does, for every objective alike.
 """
 
 import torch
@@ -36,9 +36,9 @@ def _mass_limit(old_logprobs: Tensor, config: MaspoConfig) -> Tensor:
 
 
 def _risk(advantages: Tensor, config: MaspoConfig) -> Tensor:
-    """Returns what m is multiplied by, [tokens]: more room for positive advantages, less for negative ones."""
+    """Returns the factor of m, [tokens]: above 1 for positive advantages, which widens the gate, and below 1 for negative ones."""
     positive = 1 + config.beta_pos * advantages
-    # Where Â < 0 the denominator is above 1. Its zero at Â = 1/β_neg stays in the branch not taken: nothing here has a
-    # gradient, through which `where` would let it leak.
+    # Used where Â ≤ 0, where the denominator is at least 1. Elsewhere it can be 0 (at Â = 1/β_neg), but `where` drops the infinity, and
+    # there is no backward pass through which it would come back as a NaN.
     negative = 1 / (1 - config.beta_neg * advantages)
     return torch.where(advantages > 0, positive, negative).clamp(config.risk_min, config.risk_max)

@@ -1,4 +1,4 @@
-"""The gates that MASPO is compared with, one small pure function each.
+"""Gates of the objectives that MASPO is compared with, one small pure function each.
 
 Promise: each is the `F` of its own source, cited beside it, under the surrogate of `base`.
 """
@@ -9,7 +9,7 @@ from maspo_ray.config import GrpoConfig
 
 
 def within_clip(ratio: Tensor, advantages: Tensor, epsilon_low: float, epsilon_high: float) -> Tensor:
-    """Returns [tokens] bool: whether PPO's clipped surrogate has a gradient (Â = 0 counts as within).
+    """Returns [tokens] bool: whether PPO's clipped surrogate has a gradient at the token; True where Â = 0.
 
     1[ρ ≤ 1 + ε_high] where Â > 0, 1[ρ ≥ 1 − ε_low] where Â < 0.
     """

@@ -1,8 +1,8 @@
 """Masked sums, KL estimates, and token log-probs from hidden states.
 
-Promise: sums and per-token values only, the caller divides; half-precision inputs are worked on in float32 (float64 stays
-float64); what a mask leaves out cannot reach a result or a gradient; `[tokens, vocab]` logits never exist whole, neither in
-the forward nor in the backward pass.
+Promise: sums and per-token values only, which the caller divides; half-precision inputs are computed in float32, float64 in float64;
+a masked value, even a NaN, reaches neither a result nor a gradient; `[tokens, vocab]` logits never exist whole, neither in the
+forward nor in the backward pass.
 """
 
 from typing import Any, Literal
@@ -27,8 +27,8 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
     """Returns the sum of `values` where `mask` holds, a scalar of at least float32.
 
-    The values are selected, not multiplied, so that a NaN under the mask does not leak. Where nothing is selected the sum is
-    a 0 that has a gradient, so that a rank without tokens still takes part in the backward pass.
+    Values are selected, not multiplied by 0 or 1, so that a masked NaN does not leak. Where nothing is selected the sum is a 0 that
+    has a gradient, so that a rank without tokens still takes part in the backward pass.
 
     Args:
         values: [tokens].
@@ -44,8 +44,8 @@ def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, estimator: KLEstim
     k1 = −log r (unbiased, can be negative), k2 = ½ (log r)² (biased, at least 0), k3 = r − 1 − log r (unbiased, at least 0).
     As terms of a loss on policy, k2's expected gradient is that of this KL, k3's that of KL(reference || policy), k1's is 0.
 
-    In k3 log r is bounded above, where `exp` would overflow, in both places it occurs: bounded in `exp` alone, the term that
-    is left would push the policy away from the reference.
+    k3 clamps log r from above, since `exp` would overflow, in both places where it occurs: clamped in `exp` alone, the remaining −log r
+    would have a gradient that pushes the policy away from the reference.
 
     Args:
         logprobs: [tokens], of the current policy; carries the gradient.
@@ -73,8 +73,8 @@ def chunked_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Returns the log-probs of `targets` and the entropy of each token's distribution, both [tokens] float32.
 
-    The logits of `chunk_tokens` tokens at a time are computed, in the dtype of `weight` as the rollout engine does, and
-    again in the backward pass. Log-probs carry gradients to `hidden`, `weight` and `bias`; the entropy, a metric, none.
+    Logits are computed for `chunk_tokens` tokens at a time, in the dtype of `weight` as the rollout engine does, and once more in the
+    backward pass. Log-probs carry gradients to `hidden`, `weight` and `bias`; the entropy is a metric and carries none.
 
     Args:
         hidden: [tokens, d], the model's last hidden states, each at the position that predicts its target.
@@ -95,7 +95,7 @@ def chunked_logprobs(
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
-    """`chunked_logprobs` with one chunk's logits at a time, turned in place into what they are needed for."""
+    """`chunked_logprobs`: one chunk's logits at a time, overwritten in place by probabilities and gradients."""
 
     @staticmethod
     def forward(
@@ -113,7 +113,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             logits = _logits(hidden[part], weight, bias, temperature)
             log_norm[part] = torch.logsumexp(logits, dim=-1)
             logprobs[part] = logits.gather(-1, targets[part, None])[:, 0] - log_norm[part]
-            # `entr` takes 0 log 0 as 0, which a vocabulary with logits of -inf needs.
+            # A logit of -inf has probability 0; `entr` takes 0 log 0 as 0 where a product would be NaN.
             entropy[part] = torch.special.entr(logits.sub_(log_norm[part, None]).exp_()).sum(dim=-1)
         ctx.save_for_backward(hidden, weight, bias, targets, log_norm)
         ctx.temperature, ctx.chunk_tokens = temperature, chunk_tokens
@@ -125,7 +125,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         hidden, weight, bias, targets, log_norm = ctx.saved_tensors
         grad_logprobs = gradients[0] / ctx.temperature
         grad_hidden = torch.empty_like(hidden)
-        # A frozen output embedding, as beside adapters, needs none.
+        # None for a frozen output embedding, as with LoRA.
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
         for start in range(0, len(targets), ctx.chunk_tokens):

@@ -26,7 +26,7 @@ from maspo_ray.rollouts.publishing import WeightUpdates
 from maspo_ray.rollouts.references import ReferencePool
 from maspo_ray.run_dir.checkpoint import STATE, begin_checkpoint, end_checkpoint
 from maspo_ray.run_dir.journal import Journal
-from maspo_ray.run_dir.metrics import combine_updates
+from maspo_ray.run_dir.metrics import combine_updates, without_lags_above
 
 _COUNTED = ("filtered", "stale", "failed")
 
@@ -173,7 +173,8 @@ class Pipeline:
         for report in reports:
             self._updates.watch(step, report)
         found += await self._compare_unheard(step)
-        return combine_updates([report.metrics for report in reports]) | published | _parity_columns(found)
+        learned = without_lags_above(self._intake.max_lag, combine_updates([report.metrics for report in reports]))
+        return learned | published | _parity_columns(found)
 
     def _take_up(self, version: int, reports: list[UpdateReport]) -> list[Parity]:
         """Holds the parity that the learner found while it trained against the bound; returns it."""

@@ -1,6 +1,7 @@
-"""What a run saves after a step: the model, and beside it the learner's state, from which the next step can be made again.
+"""Checkpoints: the model after a step, and beside it the learner's state, from which the next step can be made again.
 
-Promise: a folder that has a checkpoint's name is whole, and its list of files says what is whole. Does not know what the learner writes.
+Promise: a folder with a checkpoint's name is complete, since it is renamed only after every rank has saved; its list of the state's files
+and their sizes shows later whether it still is. What those files hold is the learner's.
 """
 
 import json
@@ -10,21 +11,22 @@ from pathlib import Path
 from maspo_ray.errors import ConfigError, RunError
 
 STATE, _FILES = "state", "state_files.json"
+"""In a checkpoint: the folder of the learner's state, and the list of its files."""
 
 
 def begin_checkpoint(folder: Path) -> Path:
-    """Returns the folder to save a checkpoint into: the model, and in `STATE` what every learner rank writes of its state."""
+    """Returns the hidden folder to save a checkpoint into: the model in it, the learner's state in its `STATE`, which all ranks write."""
     partial = folder.resolve().with_name(f".{folder.name}")
-    # Of a run that ended while it saved.
+    # Left by a run that ended while it saved.
     shutil.rmtree(partial, ignore_errors=True)
     return partial
 
 
 def end_checkpoint(partial: Path, folder: Path) -> None:
-    """Gives a checkpoint its name, once all ranks have saved.
+    """Gives a checkpoint its final name, once all ranks have saved.
 
     Raises:
-        RunError: what they saved is not where this process looks for it.
+        RunError: this process does not find the state: a rank on another node saved it to a disk of its own.
     """
     paths = [path for path in partial.glob(f"{STATE}/**/*") if path.is_file()]
     if not paths:
@@ -38,10 +40,10 @@ def end_checkpoint(partial: Path, folder: Path) -> None:
 
 
 def state_of(checkpoint: Path) -> Path:
-    """Returns the folder of a checkpoint's state, of which every file is there in its whole length.
+    """Returns the folder of a checkpoint's learner state, having checked that each of its files exists and has its full size.
 
     Raises:
-        ConfigError: one is not.
+        ConfigError: the checkpoint, its list of files or one of them is missing, or a file is shorter or longer than it was.
     """
     where = f"the checkpoint is {checkpoint}"
     remedy = "Restore it, or begin at another step with --start (0 is the start of the run)"

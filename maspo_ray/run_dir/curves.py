@@ -1,7 +1,6 @@
 """A run's folder → `curves.png`, the run at a glance.
 
-Promise: reads only what the run wrote and draws only what is there; a column that was never written leaves its panel saying so.
-Needs no display.
+Promise: reads only the run's own files; a panel whose columns were never written says "no data". Needs no display.
 """
 
 import json
@@ -15,15 +14,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-# From so many steps on, the values of single steps are too noisy to read without their running mean.
 _SMOOTH_FROM_STEPS = 20
+"""Runs of at least so many steps are drawn with a running mean, since single steps are too noisy to read."""
 
 Points = tuple[list[float], list[float]]
 
 
 @dataclass(frozen=True, slots=True)
 class _Panel:
-    """Columns of metrics.jsonl that share axes, with the label of each."""
+    """One plot: columns of metrics.jsonl and the label of each; without columns, the accuracies of eval.jsonl."""
 
     title: str
     y_label: str
@@ -54,7 +53,7 @@ def draw_curves(run_dir: Path) -> Path:
 
 
 def curves_figure(run_dir: Path) -> Figure:
-    """Returns the figure that `draw_curves` writes, one panel for each idea."""
+    """Returns the figure that `draw_curves` writes."""
     steps = _read_rows(run_dir / "metrics.jsonl")
     evaluations = _read_rows(run_dir / "eval.jsonl")
     window = max(5, len(steps) // 20) if len(steps) >= _SMOOTH_FROM_STEPS else 1
@@ -66,7 +65,7 @@ def curves_figure(run_dir: Path) -> Figure:
         _label_axes(axes, panel)
         if panel.columns:
             for column, label in panel.columns.items():
-                # The mean of a maximum over several steps would hide the very step that it is there to show.
+                # A maximum is drawn step by step: a running mean would hide the one step that it is there to show.
                 _draw_curve(axes, label, _points(steps, column), 1 if column.endswith("/max") else window)
         else:
             for name in dict.fromkeys(str(row["set"]) for row in evaluations):
@@ -76,7 +75,7 @@ def curves_figure(run_dir: Path) -> Figure:
 
 
 def _read_rows(path: Path) -> list[dict[str, object]]:
-    """Returns the rows of a JSONL file; none where there is no file. A last line that a killed run cut off is left out."""
+    """Returns the rows of a JSONL file; none where there is no file. A last line without its end, as a killed run leaves, is skipped."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
@@ -91,7 +90,7 @@ def _points(rows: Sequence[Mapping[str, object]], column: str) -> Points:
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Returns, at each place, the mean of the last `window` values up to it; of fewer at the start."""
+    """Returns, for each value, the mean of it and of those before it, `window` in all; at the start of as many as there are."""
     sums = [0.0, *accumulate(values)]
     return [(sums[end] - sums[max(0, end - window)]) / min(end, window) for end in range(1, len(sums))]
 

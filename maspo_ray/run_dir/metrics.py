@@ -117,6 +117,16 @@ def combine_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return step.reduce()
 
 
+def without_lags_above(max_lag: int, metrics: Mapping[str, float]) -> dict[str, float]:
+    """Returns metrics without those of lags that no token of the run can have, `…/lag_3` for the third."""
+    return {name: value for name, value in metrics.items() if _lag_of(name) <= max_lag}
+
+
+def _lag_of(name: str) -> int:
+    _, found, lag = name.partition("/lag_")
+    return int(lag) if found else 0
+
+
 def _fold(reduction: Reduction, held: float, value: float, weight: float) -> float:
     if reduction == "last":
         return value

@@ -1,6 +1,6 @@
-"""What a run came to: for the caller, for `summary.json`, and as text for people.
+"""A run's result: for the caller of `train`, for `summary.json`, and as the text that a run ends with.
 
-Promise: pure; nothing is measured or written here. What was not measured is None or NaN, and reads so; it is never a 0.
+Promise: pure; nothing is measured or written here. A figure that was not measured is None or NaN, and shown as such, never as 0.
 """
 
 import math
@@ -9,22 +9,26 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class RunSummary:
-    """What a run came to.
+    """A run's result.
 
     Attributes:
         run_dir: the run's folder.
-        steps: optimizer steps done.
-        accuracy_before: held-out, before training; accuracy_after, at the end. None without an evaluation.
-        reward_first: mean over the first tenth of the steps; reward_last, over the last tenth.
-        staleness_mean: versions that the oldest tokens of trained groups were behind; staleness_max, at most.
-        max_staleness: the bound that `staleness_max` is held to.
-        learner_wait_share: of the run's wall time; rollout_idle_share likewise, mean over engines.
-        groups: submitted, trained, filtered, stale, failed.
-        seconds: role → what it was asked for → seconds; what ran at once counts each.
-        parity_max: largest |Δ log-prob| between learner and rollout engine.
+        steps: train steps done.
+        accuracy_before: on the held-out set, before training; None without an evaluation.
+        accuracy_after: on the held-out set, at the last evaluation; None without one after the first.
+        reward_first: mean reward over the first tenth of the steps.
+        reward_last: mean reward over the last tenth.
+        staleness_mean: versions that the oldest token of a trained group was behind the learner, mean over groups.
+        staleness_max: the same, of the stalest group.
+        max_staleness: `pipeline.max_staleness`, the bound of `staleness_max`.
+        learner_wait_share: share of the steps' wall time in which the learner waited for a batch.
+        rollout_idle_share: share of it in which a rollout engine had nothing to generate, mean over engines.
+        groups: number submitted, and by outcome: trained, filtered, stale, failed.
+        seconds: role → kind of call → seconds, summed over calls, also those that ran at the same time.
+        parity_max: largest |Δ log-prob| between learner and rollout engine in any parity check.
         errors: completions of training that could not be scored; evaluation_errors, of evaluations.
         interrupted: whether the run ended before its last step.
-        saved: paths relative to the run's folder.
+        saved: what the run wrote, as paths relative to its folder.
     """
 
     run_dir: str
@@ -52,7 +56,7 @@ class RunSummary:
 
 
 def duration_text(seconds: float) -> str:
-    """Returns a duration as people say it: `8 s`, `12 min 30 s`, `3 h 05 min`."""
+    """Returns a duration for people: `8 s`, `12 min 30 s`, `3 h 05 min`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -121,7 +125,7 @@ def _waiting_text(summary: RunSummary) -> str:
 
 
 def _time_text(summary: RunSummary) -> str:
-    """Returns the learner's shares of the wall time: it does one thing at a time."""
+    """Returns the wall time's division into the learner's activities, of which it does one at a time."""
     known = sorted(summary.seconds.get("learner", {}).items(), key=lambda item: -item[1])
     if not known:
         return "not measured"
@@ -130,7 +134,7 @@ def _time_text(summary: RunSummary) -> str:
 
 
 def _at_once_text(summary: RunSummary) -> str:
-    """Returns how many calls of the other roles were under way at once, in the mean over the run."""
+    """Returns, for each other role, the number of its calls under way, in the mean over the run."""
     others = [(role, sum(names.values())) for role, names in summary.seconds.items() if role != "learner"]
     return ", ".join(f"{seconds / summary.wall_s:.1f} calls to {role}" for role, seconds in others) or "not measured"
 

@@ -1,8 +1,8 @@
-"""A run's timeline: what each actor was asked for and when, in the Chrome trace form, and where the time went.
+"""A run's timeline: the calls to each actor, as events of the Chrome trace format, and the total time of each kind of call.
 
-Promise: one event for each span, written when it ends, so that a run that was interrupted has its timeline too, and one wherever an
-actor is idle between two spans. Spans are as the controller sees them, from its call to the answer; what one actor does at once lies
-in lanes. What takes less than 10 ms, or comes after so many events that a viewer would choke, is counted and not drawn.
+Promise: a span is a call as the controller sees it, from asking to the answer. Each is written when it ends, so that an interrupted run
+has a timeline too, and so is each time that an actor was idle between two spans. Spans of one actor that overlap lie in lanes beneath
+each other. Spans under 10 ms, and those after the first 200,000 events, which would choke a viewer, are in the totals but not drawn.
 """
 
 import json
@@ -15,18 +15,18 @@ from time import monotonic
 MIN_DRAWN_S = 0.01
 MAX_EVENTS = 200_000
 _OWN_LANE = 10_000
-"""Below the lanes of what an actor is asked for."""
+"""Lane of the events that an actor reports of itself; viewers show it below the lanes of calls."""
 
 
 class Timeline:
-    """Gathers spans.
+    """Collects the spans of all actors.
 
     Args:
-        write: takes an event of the Chrome trace form, in JSON.
-        clock: seconds, of any clock that never goes back.
+        write: receives each event of the Chrome trace format, as JSON.
+        clock: returns seconds, by any clock that never goes back.
 
     Attributes:
-        now: the clock, for `add`.
+        now: `clock`, for the times that `add` takes.
     """
 
     def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = monotonic) -> None:
@@ -39,10 +39,10 @@ class Timeline:
         self._num_events = 0
 
     def track(self, actor: str) -> "Track":
-        """Returns an actor's part of the timeline, the same at every call.
+        """Returns an actor's track, the same at every call.
 
         Args:
-            actor: such as `rollout/0`; what stands before the slash is its role.
+            actor: its name, such as `rollout/0`: the role, then the replica.
         """
         track = self._tracks.get(actor)
         if track is None:
@@ -50,11 +50,12 @@ class Timeline:
         return track
 
     def span(self, actor: str, name: str, **details: int) -> "Span":
-        """Is `Track.span` of an actor's track."""
+        """Returns `Track.span` of the actor's track."""
         return self.track(actor).span(name, **details)
 
     def add(self, actor: str, name: str, started: float, ended: float) -> None:
-        """Draws what an actor said that it did, by this timeline's clock; it is in no total, being part of what it was asked for."""
+        """Draws an event that an actor reported of itself, such as a pause, in times of this timeline's clock. It is in no total, since it
+        lies within a call that is."""
         self.draw(self.track(actor), name, _OWN_LANE, started, ended, {})
 
     def draw(self, track: "Track", name: str, lane: int, started: float, ended: float, details: dict[str, int]) -> None:
@@ -68,7 +69,7 @@ class Timeline:
             self._write(
                 json.dumps({"ph": "M", "name": "process_name", "pid": track.number, "args": {"name": track.actor}})
             )
-        # By hand: all is numbers and names of this project, and a controller draws very many.
+        # Formatted by hand, which is faster than `json.dumps`: a controller draws very many, and no name here needs escaping.
         args = ",".join([f'"{key}":{value}' for key, value in details.items()]) if details else ""
         self._write(
             f'{{"ph":"X","name":"{name}","pid":{track.number},"tid":{lane},"ts":{round(1e6 * (started - self._started))},'
@@ -76,7 +77,7 @@ class Timeline:
         )
 
     def totals(self) -> dict[str, dict[str, float]]:
-        """Returns role → name → seconds, over all spans that have ended; those that ran at once count each."""
+        """Returns role → name → seconds, summed over all spans that have ended; spans that overlap count in full each."""
         return {role: dict(names) for role, names in self._totals.items() if names}
 
 
@@ -84,11 +85,12 @@ class Track:
     """One actor's part of the timeline.
 
     Attributes:
-        totals: name → seconds, of all actors of its role.
-        number: in the file; None until something of it is drawn.
-        num_lanes: that were ever needed; free_lanes, those of them that no span has now, as a heap.
-        idle_since: when its last span ended, while it has none open; None otherwise, and before its first.
-        past_lanes: of spans that are told of once they have ended, when the last span of each ended.
+        totals: name → seconds, shared by all actors of the role.
+        number: the actor's process id in the file; None until its first event is drawn.
+        num_lanes: the most spans that were ever open at once.
+        free_lanes: heap of the lanes without an open span.
+        idle_since: end of the actor's last span; None while a span is open, and before the first.
+        past_lanes: end of the last span in each lane of those that are told of once they have ended.
     """
 
     __slots__ = ("timeline", "actor", "totals", "number", "num_lanes", "free_lanes", "idle_since", "past_lanes")
@@ -111,17 +113,18 @@ class Track:
         self.timeline.draw(self, name, lane, started, ended, {})
 
     def span(self, name: str, **details: int) -> "Span":
-        """Takes down what runs within, also where it fails; or what passes from its `begin` to its `end`.
+        """Returns a span, to be entered as a context manager, or begun and ended by `begin` and `end`. It is recorded also where the call
+        fails.
 
         Args:
-            name: of letters, digits and dashes.
+            name: of letters, digits and dashes, so that it needs no escaping.
             details: shown by the viewer.
         """
         return Span(self, name, details)
 
 
 class Span:
-    """A call that is under way, in the lowest lane of its track that was free."""
+    """One call to an actor, drawn in the lowest lane that is free when it begins."""
 
     __slots__ = ("_track", "_name", "_details", "_lane", "_started")
 

@@ -16,13 +16,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from vllm.distributed.weight_transfer import ModuleSource, WeightSource
 from vllm.distributed.weight_transfer.base import ParamMeta
 
-from actors.vllm_rollout import VLLMRollout
-from maspo_ray.config import ModelConfig, RolloutConfig
 from maspo_ray.errors import ActorFailed, ActorGone, ActorLate
-from maspo_ray.experience import Completion, Prompt
+from maspo_ray.experience import Completion
 from maspo_ray.fleet.transfer_sets import transfer_sets
 from maspo_ray.weight_sync.gloo_engine import GlooUpdateInfo, join_group, start_broadcast
 from maspo_ray.weight_sync.publisher import RolloutClient, WeightPublisher
+from tests.engine.rollouts import make_prompt, sample, start_rollout
 
 pytestmark = [pytest.mark.engine, pytest.mark.ray]
 TIMEOUT_S = 1.5
@@ -186,26 +185,8 @@ def test_publish_that_fails_takes_every_weight_once_as_the_other_ranks_do(taken:
         assert source.taken == ["a", "b", "c"]
 
 
-def _start_engine(model: str) -> Any:
-    actor: Any = (
-        ray.remote(VLLMRollout)
-        .options(num_cpus=0, max_concurrency=100)
-        .remote(
-            model=ModelConfig(path=model, dtype="float32"),
-            rollout=RolloutConfig(kv_cache_gib=0.06, max_concurrent_requests=32),
-            max_model_tokens=63,
-            threads=1,
-            seed=0,
-        )
-    )
-    return actor
-
-
 def _sample(engine: Any) -> list[Completion]:
-    stream = engine.generate.options(num_returns="streaming").remote(
-        Prompt("test/0", "", PROMPT, ""), temperature=1.0, max_new_tokens=8, seeds=[0, 1]
-    )
-    return [completion for reference in list(stream)[0::2] for completion in ray.get(reference)]
+    return sample(engine, make_prompt(*PROMPT.tolist()), [0, 1], max_new_tokens=8)
 
 
 def _assert_sampled_by(trainer: PreTrainedModel, version: int, completions: list[Completion]) -> None:
@@ -234,7 +215,7 @@ def trainer(tiny_model: str) -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def engines(tiny_model: str, own_ray: None) -> Iterator[list[Any]]:
     """Two real engines; a test may put another in the place of one."""
-    actors = [_start_engine(tiny_model) for _ in range(2)]
+    actors = [start_rollout(tiny_model) for _ in range(2)]
     ray.get([actor.setup.remote() for actor in actors])
     yield actors
     for actor in actors:
@@ -269,7 +250,7 @@ def test_engine_that_died_is_replaced_by_itself_while_the_other_goes_on(
     with pytest.raises(ActorGone, match=r"^rollout/1 was lost while beginning to receive weights: ") as raised:
         publisher.publish(4, second)
     assert raised.value.actor == "rollout/1"
-    engines[1] = _start_engine(tiny_model)
+    engines[1] = start_rollout(tiny_model)
     up, meanwhile = engines[1].setup.remote(), 0
     while ray.wait([up], timeout=0)[1]:
         _assert_sampled_by(before, 3, _sample(engines[0]))

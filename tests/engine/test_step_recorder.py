@@ -50,6 +50,6 @@ def test_record_is_on_disk_when_the_recorder_has_finished(own_ray: None, tmp_pat
 def test_record_that_cannot_be_written_ends_the_run_with_the_cause(own_ray: None, tmp_path: Path) -> None:
     (tmp_path / "steps").write_text("a file where the folder would be")
     with pytest.raises(
-        RunError, match=r"^the record of step 3 could not be written: (NotADirectory|FileExists)Error: "
+        RunError, match=r"^StepWriter failed while writing the record of step 3: (NotADirectory|FileExists)Error: "
     ):
         _record(tmp_path)

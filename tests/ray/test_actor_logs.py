@@ -90,6 +90,14 @@ def _failure(actor: str, call: Any) -> ActorError:
     return raised.value
 
 
+def _is_lost(reference: Any) -> bool:
+    try:
+        ray.get(reference)
+    except ray.exceptions.OwnerDiedError:
+        return True
+    return False
+
+
 def _log_of(error: ActorError) -> str:
     found = re.search(r" Its log: (\S+worker-\S+\.err) \(node \S+\)$", str(error))
     assert found, str(error)
@@ -123,6 +131,9 @@ def test_object_lost_with_its_owner_is_gone_for_who_awaits_it_and_for_who_is_giv
     owner, other = _start(Plain, "rollout/0"), _start(Plain, "reward/3")
     [kept] = ray.get(owner.keep.remote())
     ray.kill(owner)
+    # Until the node has noticed, the object is still there.
+    while not _is_lost(kept):
+        time.sleep(0.2)
     error = _failure("rollout/0", kept)
     assert type(error) is ActorGone and "lost an object while scoring" in str(error)
     error = _failure("reward/3", other.read.remote(kept))
@@ -180,6 +191,9 @@ class DyingLearner:
     def setup(self, address: str, port: int) -> None:
         print("the engine's last words", file=sys.stderr, flush=True)
         os._exit(3)
+
+    def shutdown(self) -> None:
+        pass
 
 
 def test_fleet_names_the_log_of_a_rank_that_dies_in_setting_up(own_ray: None, tmp_path: Path) -> None:

@@ -231,3 +231,10 @@ def test_actor_error_survives_pickling(kind: type[ActorError], replica: int | No
     assert type(again) is kind
     assert (again.message, again.role, again.replica, again.log) == ("it is gone", "rollout", replica, error.log)
     assert str(again) == str(error) == "it is gone. Its log: /logs/a.err"
+
+
+def test_actor_error_that_knows_its_log_keeps_it() -> None:
+    error = ActorGone.of("rollout/1", "it is gone").with_log("Its log: /a")
+    assert str(error) == "it is gone. Its log: /a"
+    assert error.with_log("Its log: /b") is error
+    assert str(ActorGone.of("rollout/1", "it is gone").with_log("")) == "it is gone"

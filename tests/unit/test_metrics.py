@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maspo_ray.hosts.idle import IdleMeter
-from maspo_ray.run_dir.metrics import STEP_COLUMNS, StepMetrics, combine_updates
+from maspo_ray.run_dir.metrics import STEP_COLUMNS, StepMetrics, combine_updates, without_lags_above
 from maspo_ray.run_dir.sinks import JsonlSink, JsonlWriter, TensorBoardSink, json_bytes
 
 
@@ -250,3 +250,13 @@ def test_combine_updates_that_were_all_left_out_leave_counts_and_undefined_figur
     assert list(learned) == list(_update(1.0, 30.0))
     known = {"tokens/trained": 0.0, "learner/lr": 0.3, "learner/skipped": 2.0, "time/train_s": 6.0}
     assert {name: value for name, value in learned.items() if not math.isnan(value)} == known
+
+
+def test_lags_that_no_token_can_have_are_left_out() -> None:
+    row = {
+        "loss": 1.0,
+        "objective/entropy/lag_0": 2.0,
+        "objective/entropy/lag_2": 3.0,
+        "objective/ratio_p50/lag_10": 4.0,
+    }
+    assert list(without_lags_above(2, row)) == ["loss", "objective/entropy/lag_0", "objective/entropy/lag_2"]
