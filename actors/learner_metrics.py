@@ -30,6 +30,7 @@ _SHARES = {
     "kl": "objective/kl",
     "loss": "loss",
 }
+"""A sum over tokens → the column of metrics.jsonl that its mean over the batch's tokens is."""
 
 
 class UpdateSums:
@@ -65,8 +66,8 @@ class UpdateSums:
             self._sums[name] = self._sums.get(name, self._zero) + sums[name]
 
     def reduce(self, batch_tokens: int) -> dict[str, float]:
-        """Returns the means of the whole update, the same on every rank: of what was added, and all ranks add the same.
-        A collective."""
+        """Returns the update's means over its tokens, the same on every rank. A collective, for which all ranks must have added the same
+        names."""
         sums = torch.stack(list(self._sums.values()))
         dist.all_reduce(sums)
         dist.all_reduce(self._ratio_max, op=dist.ReduceOp.MAX)
@@ -76,7 +77,7 @@ class UpdateSums:
 
 
 def reduced(breakdown: Breakdown) -> dict[str, float]:
-    """Returns the figures of all ranks' breakdowns together. A collective."""
+    """Returns the metrics of all ranks' breakdowns, added up. A collective."""
     for tensor in (breakdown.table, breakdown.histogram):
         dist.all_reduce(tensor)
     return breakdown.metrics()

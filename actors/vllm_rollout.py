@@ -106,7 +106,8 @@ class VLLMRollout:
 
         self._num_requests += 1
         parameters = self._parameters(sampling, seed)
-        # A request that runs through an update keeps its blocks, computed under the weights before; the salt keeps others from them.
+        # A request that runs through an update keeps its cached blocks, computed under the older weights; the salt keeps requests that
+        # begin under the newer ones from sharing them.
         inputs = TokensPrompt(prompt_token_ids=token_ids.tolist(), cache_salt=cache_key)
         # Cancelled, the request is aborted in the engine.
         outputs = [output async for output in self._engine.generate(inputs, parameters, str(self._num_requests))]
@@ -128,7 +129,7 @@ class VLLMRollout:
 
     async def check(self) -> None:
         await self._engine.check_health()
-        # Of the engine's own process, which holds the transfer group.
+        # Answered by the engine's own process, which holds the transfer group.
         await self._engine.is_paused()
 
     async def weight_checksum(self) -> str | None:

@@ -7,12 +7,14 @@ controller_ms_per_group        CPU of the controller's process for a group, at 1
 growth_64_to_1024              that figure at 1,024 actors / at 64
 memory_slope_bytes_per_group   of Python's live memory against groups that have ended, at 1,024 actors
 
-Real are `Pipeline`, `RolloutPool`, `StalenessGate`, `GroupLedger`, `ReadyBuffer`, `PromptStream`, `Journal`, `Timeline`, `pack` and the rollout
-hosts; simulated is what stands behind a Ray handle (`bench/simulated.py`). Each sample comes in an object of its own, the most that a group can cost; a fifth
-of the groups is filtered and refilled, some go past the staleness bound, some samples cannot be scored.
+Real are `Pipeline`, `RolloutPool`, `StalenessGate`, `GroupLedger`, `ReadyBuffer`, `PromptStream`, `Journal`, `Timeline`, `pack` and the
+rollout hosts; simulated are the engines in these, the rewards and the learner (`bench/simulated.py`). A group is one call and one answer,
+as in a run; its samples end one by one, so that each is scored by itself. A fifth of the groups is filtered and refilled, some go past the
+staleness bound, some samples cannot be scored.
 
-The simulation's own cost is what the same actors take when a plain loop asks them for as many groups, awaits every object and does
-nothing with it. `with_simulation` is the figure with nothing taken off. Sizes run in turn; the least and the most stand beside the median.
+The simulation's own cost, the hosts' with it, is what the same actors take when a plain loop asks them for as many groups, awaits every
+answer and does nothing with it. `with_simulation` is the figure with nothing taken off. Sizes run in turn; the least and the most stand
+beside the median.
 
 Memory is what tracemalloc counts, in a run of its own since counting slows it: RSS comes in pages that the allocator keeps, and blocks
 (`sys.getallocatedblocks`) have no size. That run has 4,096 groups in flight. It is taken after each weight update, at a full garbage

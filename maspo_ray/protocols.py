@@ -111,7 +111,8 @@ class RolloutEngine(Protocol):
         ...
 
     async def weight_checksum(self) -> str | None:
-        """Returns what changes when the weights do and is the same for engines that hold the same, None where the engine cannot say."""
+        """Returns a digest of the engine's weights: another once they have changed, the same on engines that hold the same. None where the
+        engine has none."""
         ...
 
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
@@ -194,7 +195,7 @@ class LearnerActor(Protocol):
         ...
 
     def publish(self, version: int, replicas: tuple[int, ...]) -> PublishReport:
-        """Sends the weights as `version` to the actors of one connected group; the report has their pauses in its order."""
+        """Sends the weights as `version` to the actors of one connected group; the report has their pauses in the order of `replicas`."""
         ...
 
     def save(self, folder: str) -> None:

@@ -1,7 +1,7 @@
 """Held-out accuracy, while training goes on.
 
-Promise: the same prompts and the same sampling seeds each time, ahead of all training in the engines; a result says which weight versions sampled
-it.
+Promise: the same prompts and the same sampling seeds each time, ahead of training's groups at each free place of an engine; a result says
+which weight versions sampled it.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ from maspo_ray.hosts.messages import Priority
 from maspo_ray.rollouts.pool import RolloutPool, Sampled
 
 _SEED_STRIDE = 1_000_003
+"""Evaluations of runs whose seeds differ share no sampling seed, unless one has more completions than this."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,12 @@
 """Whether learner and engines compute the same log-probs.
 
-Promise: parity compares the log-probs of the same tokens under both, of each engine by itself, and a difference beyond the bound ends the run with
-the engine's name. It costs nothing where the learner scores tokens anyhow that the very weights sampled that it holds; an engine that has none
-in a batch for a while samples a few.
+Promise: parity compares the log-probs of the same tokens under both, of each engine by itself, and a difference beyond the bound ends the
+run with the engine's name. Tokens of a batch that the learner's present weights sampled cost nothing to compare, since the learner scores
+them anyhow; an engine that has had none in a batch for a while samples a few.
 
-What an engine says of a token is its behaviour log-prob, so that the check is of the very numbers that training takes the ratio to. Only sampled
-tokens are compared: those that a policy would not sample have log-probs that rounding alone moves far; in bfloat16 a difference of 0.8 was seen on
-a prompt's token between two right sides. For the same reason the bound is on the mean over the tokens there, and in float32 on the largest.
+The engine's side is the behaviour log-prob, the very number that training takes the ratio to. Only sampled tokens are compared: rounding
+alone moves the log-probs of tokens that a policy would not sample far; in bfloat16 a difference of 0.8 was seen on a prompt's token between
+two right sides. For the same reason the bound in bfloat16 is on the mean over the tokens, and in float32 on the largest.
 """
 
 import asyncio
@@ -27,10 +27,10 @@ ParityStatistic = Literal["max", "mean"]
 _PROBE_TOKENS = 64
 """A probe samples completions of at most so many tokens; it is to cost little beside a step."""
 _FEWEST_TOKENS = 256
-"""A mean over fewer tokens says little: those of the next batches are added to them."""
+"""A mean over fewer tokens says little: they are kept, and those of the next batches added to them."""
 _FLOAT32_MAX, _BFLOAT16_MEAN = 1e-3, 0.1
 _OVER_FIRST = 3.0
-"""In bfloat16 the mean may be so many times what it was at the start: 0.1 alone would hide an update that never arrived."""
+"""In bfloat16 the mean may be so many times the run's first: 0.1 alone would hide an update that never arrived."""
 
 
 class ParityBounds:
@@ -44,7 +44,7 @@ class ParityBounds:
         self._statistic = statistic_of(dtype)
         self._bound = bound
         self._first: float | None = None
-        # Of each replica, tokens that are too few yet to say something of their mean.
+        # Of each replica, tokens that are still too few for their mean to say something.
         self._few: dict[int, Parity] = {}
 
     def check(self, version: int, found: Mapping[int, Parity]) -> None:

@@ -1,7 +1,8 @@
 """When evaluations are made, beside training.
 
-Promise: they run one after the other, in the order of their steps, and training waits for none but where the pipeline asks: before the first
-update, after the last step, and wherever it is synchronous. Each is told to the journal with the versions that it ran over.
+Promise: they run one after the other, in the order of their steps; training waits for one only where the pipeline calls `finish`: before
+version 1 is published, after the last step, and after each one that is due in a synchronous run. Each is told to the journal with the
+versions that it ran over.
 """
 
 import asyncio

@@ -27,8 +27,9 @@ from maspo_ray.hosts.rollout_host import RolloutHost
 
 _SHUTDOWN_S = 5.0
 _MORE_CALLS = 4096
-"""Calls that an async actor holds at once besides one for each group under way, so that a weight update never waits behind these; what
-it works on at once is its engine's affair."""
+"""Calls that Ray lets an async actor run at once besides one for each group under way: room for evaluations, probes and the calls of a
+weight update, which must not queue behind groups. How many completions an engine works on at once is its host's affair
+(`rollout.max_concurrent_requests`)."""
 _GRACE_S = 10.0
 
 

@@ -1,1 +1,1 @@
-"""What runs inside an actor, around a user's class."""
+"""What runs inside an actor, around an engine's or a user's class, and what it and the controller say to each other."""

@@ -1,8 +1,8 @@
 """Which replica of a role takes the next piece of work.
 
-Promise: the least loaded that is up takes it; where none is up, the least loaded that is updating, which begins once it is up again; one that
-is away takes none. What was taken is given back exactly once. A pure state machine: it owns no handles, no tasks and no clock; the time
-comes as an argument, in seconds of any one clock that never goes back.
+Promise: the least loaded replica that is up takes it; where none is up, the least loaded that is updating, which begins with it once it is
+up again; a replica that is away takes none. Work that was taken is given back exactly once. A pure state machine: it owns no handles, no
+tasks and no clock; the time comes as an argument, in seconds of any one clock that never goes back.
 """
 
 from collections.abc import Iterable
@@ -12,7 +12,8 @@ import numpy as np
 
 
 class ReplicaState(Enum):
-    """Where a replica stands. The value is what its state adds to its load when replicas are compared."""
+    """Whether a replica can work. The value is added to its load when replicas are compared: each state comes after those before it,
+    however much work its replicas have."""
 
     UP = 0
     UPDATING = 2**40
@@ -41,7 +42,7 @@ class EngineTable:
         return int(self._loads[replica]) - self._states[replica].value
 
     def set_state(self, replicas: Iterable[int], state: ReplicaState) -> None:
-        """Moves replicas into a state; what they have taken stays theirs until it is given back."""
+        """Moves replicas into a state; work that they have taken stays theirs until it is given back."""
         for replica in replicas:
             self._loads[replica] += state.value - self._states[replica].value
             self._states[replica] = state
@@ -85,5 +86,5 @@ class EngineTable:
         self._heard_at[replica] = now
 
     def silences(self, now: float) -> dict[int, float]:
-        """Returns for each replica that has work for how many seconds nothing was heard of it."""
+        """Returns, for each replica that has work, how many seconds ago something was last heard of it."""
         return {i: now - heard for i, heard in enumerate(self._heard_at) if self._pieces[i]}

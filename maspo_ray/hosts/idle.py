@@ -1,7 +1,7 @@
 """How much of the time an engine had nothing to do.
 
-Promise: it is idle exactly while it has no completion outstanding. Pure: the time comes as an argument, in seconds of any one clock that never
-goes back.
+Promise: it is idle exactly while it has no completion outstanding. Pure: the time comes as an argument, in seconds of any one clock that
+never goes back.
 """
 
 
@@ -22,7 +22,7 @@ class IdleMeter:
         self._outstanding += completions
 
     def finished(self, now: float, completions: int) -> None:
-        """So many completions ended, in whatever way."""
+        """So many completions ended, sampled or cancelled."""
         assert completions <= self._outstanding, (
             f"{completions} completions ended; {self._outstanding} were outstanding."
         )
@@ -31,7 +31,7 @@ class IdleMeter:
             self._idle_since = now
 
     def take(self, now: float) -> tuple[float, float]:
-        """Returns the seconds without work since the last take, and all seconds since then; starts anew."""
+        """Returns the idle seconds since the last take, and all seconds since then; starts anew."""
         if self._outstanding == 0:
             self._idle_s += now - self._idle_since
             self._idle_since = now

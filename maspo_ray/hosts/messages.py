@@ -11,10 +11,10 @@ from maspo_ray.experience import CompletionFacts, Prompt, Sampling, Verdict
 
 
 class Priority(IntEnum):
-    """Who gets an engine's next free place: the lower first, and of the same the one that asked first."""
+    """Who gets an engine's next free place: the lower number first, and among equals who asked first."""
 
     PROBE = 0
-    """A check of the run, by parity or an evaluation: it must not wait behind a backlog, and is never ended for its age."""
+    """Parity's and an evaluation's requests: they must not wait behind a backlog, and are never ended for their age."""
     TRAINING = 1
 
 
@@ -59,18 +59,18 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Expired:
-    """A request was ended, since one of its completions began with weights that are too old to be trained on."""
+    """The host ended a request: one of its completions began with weights that are too old to be trained on."""
 
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """How a rollout host has fared since it was last asked.
+    """What a rollout host did since it was last asked.
 
     Attributes:
-        idle_s: how long its engine had nothing to do; of_s, since when.
+        idle_s: seconds in which its engine had no completion outstanding; of_s, all seconds.
         tokens: of the completions that ended.
-        ended: completions that ended.
-        unfinished: request id → completions that have not ended.
+        ended: how many completions ended.
+        unfinished: of each request under way, by its id, how many completions have not ended.
     """
 
     idle_s: float

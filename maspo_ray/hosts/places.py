@@ -1,7 +1,7 @@
 """Places in an engine, given to whoever is first by priority.
 
-Promise: at most `num_places` are taken at once; a place that is given back goes to the waiting request of the lowest priority number, and among
-those to the one that came first; one that is cancelled while it waits takes none.
+Promise: at most `num_places` are taken at once; a place that is given back goes to the waiting request of the lowest priority number, and
+among equals to the one that came first; one that is cancelled while it waits takes none.
 """
 
 import asyncio

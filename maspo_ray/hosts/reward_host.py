@@ -21,6 +21,7 @@ class RewardHost:
         self._reward = reward_class(**args)
         self._timeout_s = timeout_s
         self._thread = ThreadPoolExecutor(max_workers=1)
+        # A sync reward need not bear two calls at once.
         self._free = asyncio.Semaphore(1)
 
     async def setup(self) -> None:

@@ -1,9 +1,9 @@
 """Runs an engine inside its rollout actor: what every engine needs alike stands here, once.
 
-Promise: a request comes out whole, as `Ended` with every completion scored, or as `Expired`, or it raises. A completion begins when it has a place
-(`rollout.max_concurrent_requests` of them, probes first), under the weights that the engine then holds, and is cancelled when those are too old to
-be trained on. No completion begins while weights change; what is running goes on through the change. The engine's class samples one completion
-from token ids and takes weights; it knows of none of this.
+Promise: a request comes out whole, as `Ended` with every completion scored, or as `Expired`, or it raises. A completion begins when it has
+one of the engine's places (`rollout.max_concurrent_requests`, probes first), under the weights that the engine then holds; its group is
+ended when these have become too old to be trained on. No completion begins while weights change; those that run go on through the change.
+An engine's class samples one completion from token ids and takes weights; it knows of none of this.
 """
 
 import asyncio
@@ -44,7 +44,7 @@ class RolloutHost:
         self._engine: RolloutEngine = engine_class(**arguments)
         self._score_deadline_s = score_deadline_s
         self._clock = clock
-        # What waits for a place waits here, where no version is fixed for it yet, and not in the engine.
+        # A completion without a place waits here and not in the engine: it is to begin with the weights that are current then.
         self._places = Places(max_concurrent_requests)
         # Clear while weights change.
         self._steady = asyncio.Event()
@@ -79,7 +79,7 @@ class RolloutHost:
             self._idle.finished(self._clock(), group.unfinished)
 
     async def beat(self, oldest_version: int | None = None) -> Beat:
-        """Ends what is too old to be trained on; returns how the host has fared since it was last asked.
+        """Ends groups that are too old to be trained on; returns what the host did since it was last asked.
 
         Args:
             oldest_version: training requests of which a completion began with older weights are ended. None ends nothing.

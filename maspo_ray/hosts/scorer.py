@@ -27,7 +27,7 @@ class TimedCall:
 
 
 ScoreFunction = Callable[[int, Prompt, Sequence[Completion]], Awaitable[list[Verdict]]]
-"""Calls a replica of the reward."""
+"""Calls a replica of the reward: replica, prompt, completions → a verdict for each."""
 
 
 class Scorer:
@@ -35,7 +35,7 @@ class Scorer:
 
     Args:
         score: calls the actor of a replica; handles are its affair, looked up at each call.
-        deadline_s: `score` calls of one replica may leave so long without any answer.
+        deadline_s: how long a replica that has calls may answer none of them.
     """
 
     def __init__(self, num_replicas: int, score: ScoreFunction, deadline_s: float, clock: Callable[[], float]) -> None:

@@ -111,7 +111,7 @@ class Pipeline:
             metrics.add("staleness/over_bound_share", float(lag > self._config.pipeline.max_staleness))
         learned = await self._learn(batch, step, tasks)
         if step == self._config.pipeline.steps:
-            # Its tokens are the last that are generated, and this the last row.
+            # The last evaluation's tokens belong into the last row.
             await self._evaluations.finish()
         with self._journal.waiting("the engines to say how they fare"):
             beats = await self._pool.beat(self._intake.oldest_trainable_version)
@@ -159,7 +159,7 @@ class Pipeline:
             reports = await group.train(step - 1, shares)
         found = self._take_up(step - 1, reports)
         if step == 1:
-            # The first evaluation is of the weights before training.
+            # The evaluation before training is to be of version 0 alone.
             await self._evaluations.finish()
         with self._journal.waiting(f"version {step} to reach the engines"):
             published = await self._weights.publish(step, any(report.applied for report in reports))
@@ -177,13 +177,12 @@ class Pipeline:
         return learned | published | _parity_columns(found)
 
     def _take_up(self, version: int, reports: list[UpdateReport]) -> list[Parity]:
-        """Holds what the learner saw of the engines' log-probs against the bound; returns it."""
+        """Holds the parity that the learner found while it trained against the bound; returns it."""
         found = {replica: parity for report in reports for replica, parity in report.parity.items()}
         return self._judge(version, found)
 
     async def _compare_unheard(self, step: int) -> list[Parity]:
-        """Lets engines of which no batch has had tokens of current weights for `pipeline.parity_every` steps sample some; returns how far
-        they are from the learner."""
+        """Probes the engines that were not compared with the learner for `pipeline.parity_every` versions; returns their parity."""
         every = self._config.pipeline.parity_every
         unheard = [i for i, version in enumerate(self._compared_at) if every and step - version >= every]
         return await self._compare(step, unheard) if unheard else []
@@ -234,6 +233,6 @@ class WaitForBatch:
 
 
 def _parity_columns(found: list[Parity]) -> dict[str, float]:
-    """Returns the worst engine's differences; NaN where none was compared."""
+    """Returns the worst engine's parity; NaN where none was compared."""
     worst = joined(found).max if found else math.nan
     return {"parity/max": worst, "parity/mean": max((parity.mean for parity in found), default=math.nan)}

@@ -1,7 +1,7 @@
 """Looks at what a run waits for, as long as it runs.
 
-Promise: no wait is without a name: one that lasts longer than a few typical steps is said, and an actor that is silent for longer than its deadline ends
-the run.
+Promise: no wait is without a name: one that lasts longer than a few typical steps is said, and an actor that is silent for longer than its
+deadline ends the run.
 """
 
 import asyncio

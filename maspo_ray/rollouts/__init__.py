@@ -1,1 +1,1 @@
-"""Prompts → rollouts, over the actors that generate and score."""
+"""Prompts → rollouts, groups → reference log-probs, versions → engines: over the actors that do the work."""

@@ -1,8 +1,8 @@
 """Prompts → rollouts, over the rollout actors.
 
-Promise: handles payloads by reference and small facts, never tokens. A prompt's completions go to one engine, the least loaded that is up, so that
-they share the prompt's prefill; its handle is looked up when the call is made. An engine of which nothing is heard for longer than
-`rollout.timeout_s` while it has work ends the run, by name.
+Promise: handles payloads by reference and small facts, never tokens. A prompt's completions go to one engine, the least loaded that is
+up, so that they share the prompt's prefill; its handle is looked up when the call is made. An engine that has work and ends no completion
+for longer than `rollout.timeout_s` ends the run, by name.
 """
 
 import asyncio
@@ -53,7 +53,7 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class Beats:
-    """What all engines did since they were last asked: the mean of their idle shares, and the tokens of the completions that ended."""
+    """What all engines did since they were last asked: the mean of their idle shares, and all tokens of completions that ended."""
 
     idle_share: float
     tokens: int
@@ -65,7 +65,7 @@ class _Request:
 
     Attributes:
         cost: the work of one of its completions, in tokens.
-        unfinished: for how many of them the table still counts it.
+        unfinished: how many of them the table still counts.
         since: when it was asked.
     """
 
@@ -80,7 +80,7 @@ class RolloutPool:
 
     Args:
         table: of the rollout actors, in the order of their replicas.
-        timeout_s: an engine with work may be silent for so long; answer_s, for so long may it owe a sign of life that it was asked for.
+        timeout_s: how long an engine with work may end no completion; answer_s, how long it may take to answer `beat`.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class RolloutPool:
         scored: bool = True,
         replica: int | None = None,
     ) -> Sampled | None:
-        """Returns a completion for each seed, in their order; None where `beat` has ended it.
+        """Returns a completion for each seed, in their order; None where `beat` has ended the group for its age.
 
         Args:
             seeds: of the sampling; None leaves it to the engine.
@@ -153,7 +153,7 @@ class RolloutPool:
             track.add_past("score", now - call.started_before_s, now - call.ended_before_s)
 
     async def beat(self, oldest_version: int | None = None) -> Beats:
-        """Asks every engine how it fares, and lets it end what it has of tokens older than a version: their `sample` returns None.
+        """Asks every engine how it fares, and lets it end groups of which a completion began before a version: their `sample` returns None.
 
         Raises:
             ActorError: one is gone, or does not answer.

@@ -1,7 +1,8 @@
 """A version's way from the learner to the engines.
 
-Promise: when `publish` returns, every engine samples from the version's weights, and has shown it: its weights are others than before where the
-learner's are, and all replicas hold the same. Each transfer set (`fleet.transfer_sets`) changes by itself, while the others generate.
+Promise: when `publish` returns, every engine samples from the version's weights, and its checksum has shown it: it differs from the one
+before where the learner's weights have changed, and is the same on all replicas. Each transfer set (`fleet.transfer_sets`) changes by
+itself, while the others generate.
 """
 
 from collections.abc import Sequence
@@ -22,13 +23,13 @@ class Sends(Protocol):
 
 
 class WeightChecksums:
-    """Holds what engines say of their weights against each other and against before. A pure state machine."""
+    """Holds the engines' checksums against each other and against those of the version before. A pure state machine."""
 
     def __init__(self) -> None:
         self._before: str | None = None
 
     def check(self, version: int, checksums: Sequence[str | None], changed: bool) -> None:
-        """Takes up what the replicas, in their order, say after an update; None where one cannot say.
+        """Takes up the replicas' checksums after an update, in their order; None where an engine has none.
 
         Args:
             changed: whether the learner's weights are others than at the version before.
@@ -64,7 +65,7 @@ class WeightUpdates:
 
     Args:
         sets: the replicas that change together, one set after the other.
-        answer_s: how long an engine may take to say what it holds.
+        answer_s: how long an engine may take to give its checksum.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Groups → reference log-probs, over the reference actors.
 
-Promise: handles references alone; the least loaded actor takes the next group, and one that is silent for longer than `reference.timeout_s` while it
-has work ends the run, by name.
+Promise: handles payloads by reference alone; the least loaded actor takes the next group, and one that has work and answers nothing for
+longer than `reference.timeout_s` ends the run, by name.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ class ReferencePool:
     """Sends groups to reference actors.
 
     Args:
-        timeout_s: an actor with work may be silent for so long.
+        timeout_s: how long an actor with work may answer nothing.
     """
 
     def __init__(self, actors: Handles, timeline: Timeline, timeout_s: float) -> None:

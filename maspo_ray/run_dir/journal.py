@@ -84,7 +84,11 @@ class Journal:
 
     @contextmanager
     def waiting(self, what: str | Callable[[], str]) -> Iterator[None]:
-        """Within, the run waits for something; `say_long_waits` says so where it takes long."""
+        """Within, the run waits for something; `say_long_waits` says so where it takes long.
+
+        Args:
+            what: follows "waiting for … s for"; where it is called, it says what is waited for as it then stands.
+        """
         number = self._waits.begin((lambda: what) if isinstance(what, str) else what, self._clock())
         try:
             yield

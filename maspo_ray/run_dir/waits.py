@@ -1,7 +1,7 @@
 """What a run waits for, and which waits have lasted long enough to be said.
 
-Promise: a wait that is longer than a few typical steps is said once, and again each time it has doubled. A pure state machine: the time comes as an
-argument, in seconds of any one clock that never goes back.
+Promise: a wait that is longer than a few typical steps is said once, and again each time it has doubled. A pure state machine: the time
+comes as an argument, in seconds of any one clock that never goes back.
 """
 
 from collections import deque
@@ -42,7 +42,7 @@ class Waits:
 
     @property
     def patience_s(self) -> float:
-        """A wait that lasts longer is said."""
+        """How long a wait may last without being said."""
         return max(_SHORTEST_S, _TYPICAL_STEPS * median(self._step_s) if self._step_s else 0.0)
 
     def to_say(self, now: float) -> list[str]:
