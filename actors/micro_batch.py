@@ -23,7 +23,7 @@ class MicroBatch:
         behaviour_logprobs: [targets] float32, log μ.
         advantages: [targets] float32.
         lags: [targets] int64, how many versions the weights that a token's completion began with are behind those that meet the batch.
-            All tokens of a completion have its first one's lag: after an update it goes on over cached keys and values of the older weights.
+            All tokens of a completion have its first one's lag: after an update it goes on over cached keys of the older weights.
         replicas: [targets] int64, of the rollout actor that sampled the token.
         reference_logprobs: [targets] float32; None without KL.
     """

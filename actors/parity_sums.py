@@ -1,7 +1,7 @@
 """How far the engines' log-probs are from the learner's, from tokens that the learner scores anyhow.
 
-Promise: only tokens count whose completion began with the very weights that meet them, so that what is left is numerics, or an engine that does not
-hold the learner's weights. Values that are not finite are left out: an update watch judges those.
+Promise: only tokens count whose completion began with the very weights that meet them, so that what is left is numerics, or an engine
+that does not hold the learner's weights. Values that are not finite are left out: an update watch judges those.
 """
 
 import torch

@@ -5,11 +5,10 @@
 client_ms_per_group        CPU of the controller's process, all its threads, for a group: `RolloutPool.sample` and Ray's client under it
 through_controller_ms      the same where each completion comes to the controller by itself, as facts beside a reference, and is scored
                            by a call of the controller's: what a host that scores beside its engine saves
-calls_per_group            actor calls that the controller makes for a group
 
-Real are Ray, `RolloutHost`, `Scorer`, `RewardHost`, `RolloutPool` and the objects' sizes (2,048 tokens a completion); only the engine is not: its
-completions end after random times, far enough from each other that none travels with another. Both ways run in turn, over the same actors'
-processes, several times; the least and the most stand beside the median. What is not in it: the rest of the controller
+Real are Ray, `RolloutHost`, `Scorer`, `RewardHost`, `RolloutPool` and the objects' sizes (2,048 tokens a completion); only the engine is not:
+its completions end after random times, far enough from each other that few travel together. Both ways run in turn, over the same
+actors' processes, several times; the least and the most stand beside the median. What is not in it: the rest of the controller
 (`bench.control_plane`), and a cluster's network.
 """
 
@@ -169,7 +168,6 @@ def main() -> None:
                 "bench": "scale_out",
                 "client_ms_per_group": statistics.median(found["hosts"]),
                 "through_controller_ms": statistics.median(found["controller"]),
-                "calls_per_group": 1,
                 "spread": {
                     "client_ms_per_group": [min(found["hosts"]), max(found["hosts"])],
                     "through_controller_ms": [min(found["controller"]), max(found["controller"])],

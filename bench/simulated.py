@@ -1,8 +1,8 @@
 """What stands behind a Ray handle, simulated in virtual time, for the real controller to drive.
 
-Promise: engines, reward actors and learner ranks answer as real ones do, after log-normal times; a day of theirs passes in seconds, because the
-loop's clock jumps to the next timer when nothing is ready. The rollout hosts are the real ones: only the engines in them are simulated. What
-they did is kept in `SimulatedFleet`, so that the controller's books can be held against it. Owns no tokens and no measurement.
+Promise: engines, reward actors and learner ranks answer as real ones do, after log-normal times; a day of theirs passes in seconds,
+because the loop's clock jumps to the next timer when nothing is ready. The rollout hosts are the real ones: only the engines in them are
+simulated. What they did is kept in `SimulatedFleet`, so that the controller's books can be held against it. Owns no tokens and no measurement.
 """
 
 import asyncio
@@ -357,7 +357,8 @@ def simulated_config(folder: Path, **pipeline: Any) -> RunConfig:
     tree = {
         "model": {"path": "simulated", "dtype": "float32"},
         "data": {"train": {"kind": "jsonl", "path": "simulated.jsonl"}},
-        "rollout": {"group_size": 8, "max_new_tokens": 8192},
+        # The slowest of log-normal times are no hang.
+        "rollout": {"group_size": 8, "max_new_tokens": 8192, "timeout_s": 50_000},
         "reward": {"max_error_rate": 1.0},
         "learner": {"max_tokens_per_micro_batch": 32768, "max_skipped_updates": 1000},
         "pipeline": {"parity_every": 0} | pipeline,

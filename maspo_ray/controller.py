@@ -102,9 +102,6 @@ class _Session:
         prompts = PromptStream(train_prompts, sampler, shuffle=config.data.shuffle, seed=config.seed)
         evaluator = Evaluator(pool, eval_prompts, config.eval, config.rollout, config.seed) if eval_prompts else None
         await Pipeline(config, self._fleet, pool, prompts, self._intake, evaluator, journal).run()
-        if config.checkpoint.save_final:
-            with journal.timeline.span("learner", "save"):
-                await self._fleet.learner.save(journal.files.final.resolve())
 
     def _prompts(self) -> tuple[list[Prompt], list[Prompt]]:
         # Imported here: transformers takes seconds, during which the actors start.

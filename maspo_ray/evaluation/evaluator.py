@@ -14,6 +14,8 @@ from maspo_ray.hosts.messages import Priority
 from maspo_ray.rollouts.pool import RolloutPool, Sampled
 
 _SEED_STRIDE = 1_000_003
+_PROMPTS_AT_ONCE = 2048
+"""Prompts that are with the engines at once: an actor holds so many calls at most, and a weight update must find room among them."""
 """Evaluations of runs whose seeds differ share no sampling seed, unless one has more completions than this."""
 
 
@@ -49,6 +51,7 @@ class Evaluator:
         self._samples = config.samples
         self._sampling = Sampling(config.temperature, rollout.max_new_tokens)
         self._first_seed = seed * _SEED_STRIDE
+        self._places = asyncio.Semaphore(_PROMPTS_AT_ONCE)
 
     async def evaluate(self) -> EvalResult:
         """Returns the accuracy under the weights that the engines hold meanwhile."""
@@ -69,6 +72,8 @@ class Evaluator:
 
     async def _sample(self, number: int, prompt: Prompt) -> Sampled:
         first = self._first_seed + number * self._samples
-        sampled = await self._pool.sample(prompt, self._sampling, range(first, first + self._samples), Priority.PROBE)
+        seeds = range(first, first + self._samples)
+        async with self._places:
+            sampled = await self._pool.sample(prompt, self._sampling, seeds, Priority.PROBE)
         assert sampled is not None, "an evaluation's samples were ended for their age"
         return sampled

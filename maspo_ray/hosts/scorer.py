@@ -34,7 +34,7 @@ class Scorer:
     """Sends completions to the least loaded reward actor.
 
     Args:
-        score: calls the actor of a replica; handles are its affair, looked up at each call.
+        score: calls the actor of a replica; handles are its affair.
         deadline_s: how long a replica that has calls may answer none of them.
     """
 

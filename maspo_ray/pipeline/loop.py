@@ -81,12 +81,19 @@ class Pipeline:
                     producer = tasks.create_task(self._producer.run(tasks))
                     await self._train(tasks)
                 producer.cancel()
-                if self._recorder is not None:
-                    with self._journal.waiting("the record of the last step"):
-                        await self._recorder.finish()
+                await self._finish()
                 watch.cancel()
         finally:
             self._intake.close()
+
+    async def _finish(self) -> None:
+        """Saves what a run that came to its last step leaves behind."""
+        if self._recorder is not None:
+            with self._journal.waiting("the record of the last step"):
+                await self._recorder.finish()
+        if self._config.checkpoint.save_final:
+            with self._timeline.span("learner", "save"), self._journal.waiting("the final model"):
+                await self._fleet.learner.save(self._journal.files.final)
 
     async def _train(self, tasks: asyncio.TaskGroup) -> None:
         counted = dict(self._intake.counts)
@@ -184,7 +191,7 @@ class Pipeline:
     async def _compare_unheard(self, step: int) -> list[Parity]:
         """Probes the engines that were not compared with the learner for `pipeline.parity_every` versions; returns their parity."""
         every = self._config.pipeline.parity_every
-        unheard = [i for i, version in enumerate(self._compared_at) if every and step - version >= every]
+        unheard = [i for i, version in enumerate(self._compared_at) if every and step - version > every]
         return await self._compare(step, unheard) if unheard else []
 
     async def _compare(self, version: int, replicas: range | list[int]) -> list[Parity]:
@@ -226,9 +233,10 @@ class WaitForBatch:
         self._pool = pool
 
     def __call__(self) -> str:
+        ready, running = self._intake.ready, self._intake.running
         return (
-            f"the groups of step {self._step}: {self._intake.ready} of {self._groups_per_step} are ready, {self._intake.running} are on their "
-            f"way ({self._pool.describe()})"
+            f"the groups of step {self._step}: {ready} of {self._groups_per_step} ready, {running} on the way "
+            f"({self._pool.describe()})"
         )
 
 

@@ -75,6 +75,20 @@ class _Request:
     since: float
 
 
+@dataclass(slots=True)
+class _Heard:
+    """What an engine has said of itself."""
+
+    idle_s: float = 0.0
+    of_s: float = 0.0
+    tokens: int = 0
+
+    def add(self, beat: Beat) -> None:
+        self.idle_s += beat.idle_s
+        self.of_s += beat.of_s
+        self.tokens += beat.tokens
+
+
 class RolloutPool:
     """Sends prompts to rollout actors.
 
@@ -101,6 +115,8 @@ class RolloutPool:
         self._answer_s = answer_s
         self._request_ids = itertools.count()
         self._requests: dict[int, _Request] = {}
+        # Of each engine, since `beat` last told.
+        self._heard = [_Heard() for _ in range(len(table))]
 
     async def sample(
         self,
@@ -158,12 +174,14 @@ class RolloutPool:
         Raises:
             ActorError: one is gone, or does not answer.
         """
-        beats = await self._beats(range(len(self.table)), oldest_version)
-        shares = [beat.idle_s / beat.of_s for beat in beats if beat.of_s > 0]
+        await self._hear(range(len(self.table)), oldest_version)
+        heard, self._heard = self._heard, [_Heard() for _ in self._heard]
+        shares = [one.idle_s / one.of_s for one in heard if one.of_s > 0]
         idle_share = sum(shares) / len(shares) if shares else float("nan")
-        return Beats(idle_share, sum(beat.tokens for beat in beats))
+        return Beats(idle_share, sum(one.tokens for one in heard))
 
-    async def _beats(self, replicas: Sequence[int], oldest_version: int | None) -> list[Beat]:
+    async def _hear(self, replicas: Sequence[int], oldest_version: int | None) -> None:
+        """Takes up what engines say of themselves."""
         calls = {
             self._tracks[i].actor: await_named(
                 self._tracks[i].actor,
@@ -176,11 +194,12 @@ class RolloutPool:
             self._answer_s, "when asked how it fares; the deadline is pipeline.weight_sync_timeout_s", calls
         )
         for replica, beat in zip(replicas, beats, strict=True):
-            if beat.ended:
+            self._heard[replica].add(beat)
+            # What is only being scored is the reward's, of which the host's scorer has the deadline.
+            if beat.ended or not any(beat.unfinished.values()):
                 self.table.hear(replica, self._now())
             for request_id, unfinished in beat.unfinished.items():
                 self._lighten(request_id, unfinished)
-        return beats
 
     def _lighten(self, request_id: int, unfinished: int) -> None:
         """Takes off the table what a request's engine has done of it."""
@@ -207,7 +226,7 @@ class RolloutPool:
         """
         silent = [i for i, silent_s in self.table.silences(self._now()).items() if silent_s > self._timeout_s / 2]
         if silent:
-            await self._beats(silent, None)
+            await self._hear(silent, None)
         for replica, silent_s in self.table.silences(self._now()).items():
             if silent_s > self._timeout_s:
                 raise ActorLate(

@@ -23,7 +23,7 @@ class WeightDigest:
     @torch.no_grad()
     def add(self, name: str, weight: torch.Tensor) -> None:
         values = weight.detach().flatten()
-        sample = values[:: max(1, len(values) // _VALUES_PER_TENSOR)].contiguous().cpu()
+        sample = values[:: max(1, -(-len(values) // _VALUES_PER_TENSOR))].contiguous().cpu()
         self._digest.update(name.encode())
         self._digest.update(sample.view(torch.uint8).numpy().tobytes())
 

@@ -216,9 +216,11 @@ def test_check_silence_ends_the_run_where_an_engine_ends_nothing(ends_some: bool
         pool = _pool(engines, timeout_s=0.1)
         task = asyncio.ensure_future(pool.sample(_prompt(2), Sampling(1.0, 4), [5, 6]))
         await asyncio.sleep(0.15)
-        engines.beats[0] = Beat(0.0, 1.0, 3, int(ends_some), {})
+        engines.beats[0] = Beat(0.0, 1.0, 3, int(ends_some), {engines.asked[0][1].request_id: 2})
         if ends_some:
             await pool.check_silence()
+            # What was asked in between is told at the step's end.
+            assert (await pool.beat()).tokens == 3 + 3 + 7
         else:
             with pytest.raises(ActorLate, match=r"^rollout/0 has ended no completion for .* rollout.timeout_s is 0.1"):
                 await pool.check_silence()
@@ -235,3 +237,16 @@ def test_check_silence_of_engines_without_work_asks_nobody() -> None:
         return engines.oldest_versions
 
     assert asyncio.run(run()) == []
+
+
+def test_check_silence_of_an_engine_whose_samples_are_only_being_scored_is_patient() -> None:
+    async def run() -> None:
+        engines = _Engines(1)
+        pool = _pool(engines, timeout_s=0.1)
+        task = asyncio.ensure_future(pool.sample(_prompt(2), Sampling(1.0, 4), [5, 6]))
+        await asyncio.sleep(0.15)
+        engines.beats[0] = Beat(0.0, 1.0, 0, 0, {engines.asked[0][1].request_id: 0})
+        await pool.check_silence()
+        task.cancel()
+
+    asyncio.run(run())
