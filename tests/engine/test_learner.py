@@ -11,24 +11,31 @@ import numpy as np
 import pytest
 import ray
 import torch
+from learners import (
+    EPS,
+    IMPORTANCE_CAP,
+    KL,
+    LR,
+    MAX_NORM,
+    STEPS,
+    TEMPERATURE,
+    random_batch,
+    sequence_logprobs,
+    start_learners,
+)
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from actors.deepspeed_learner import DeepSpeedLearner
 from actors.micro_batch import gather_micro_batch
 from actors.token_model import load_token_model
-from maspo_ray.config import KLConfig, LearnerConfig, LoraConfig, MaspoConfig, ModelConfig
+from maspo_ray.config import LoraConfig, MaspoConfig, ModelConfig
 from maspo_ray.experience import (
     Completion,
-    CompletionFacts,
     Experience,
-    Group,
     Prompt,
-    Rollout,
+    SampledGroup,
     UpdateReport,
-    Verdict,
-    VersionSpan,
 )
 from maspo_ray.objectives import policy_loss
 from maspo_ray.objectives.tensor_ops import kl_estimate
@@ -36,53 +43,13 @@ from maspo_ray.packing import pack
 from maspo_ray.run_dir.metrics import combine_updates
 
 pytestmark = [pytest.mark.engine, pytest.mark.ray]
-TEMPERATURE, KL, LR, STEPS, IMPORTANCE_CAP = 0.8, 0.1, 1e-3, 3, 1.5
-EPS = 1e-3
-"""Far above AdamW's usual: the update is then a smooth function of the gradient, and rounding does not turn a step's sign."""
-MAX_NORM = 11.0
-"""Some updates' gradients are longer, others' are not."""
 LORA = {"lora": LoraConfig(rank=4, alpha=8, targets=("q_proj", "down_proj"))}
 CHECKPOINTING = {"gradient_checkpointing": True}
 OFFLOAD = {"deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}}
 PROBE = np.arange(3, 19, dtype=np.int32)
 
 
-def _batch(seed: int, groups: int = 4, n: int = 3) -> tuple[list[Experience], list[tuple[Any, ...]]]:
-    """Returns experiences of random tokens, and (prompt, completion, old, reference, advantage) of each rollout."""
-    rng = np.random.default_rng(seed)
-    experiences, rows = [], []
-    for group_id in range(groups):
-        prompt = Prompt(str(group_id), "", rng.integers(3, 60, size=rng.integers(2, 6)).astype(np.int32), "")
-        lengths = rng.integers(1, 12, size=n)
-        completions = [
-            Completion(
-                rng.integers(3, 60, size=k).astype(np.int32),
-                (-4 + rng.normal(size=k) * 0.3).astype(np.float32),
-                (VersionSpan(0, 0, int(k)),),
-                "stop",
-                "",
-            )
-            for k in lengths
-        ]
-        references = [(-4 + rng.normal(size=k) * 0.3).astype(np.float32) for k in lengths]
-        advantages = tuple(float(a) for a in rng.normal(size=n))
-        payload = ray.put(completions)
-        rollouts = tuple(
-            Rollout(payload, i, CompletionFacts.of(c), Verdict.from_reward(1.0)) for i, c in enumerate(completions)
-        )
-        group = Group(group_id, prompt.prompt_id, ray.put(prompt), len(prompt.token_ids), 0, rollouts)
-        experiences.append(Experience(group, advantages, ray.put(references)))
-        rows += zip([prompt] * n, completions, references, advantages, strict=True)
-    return experiences, rows
-
-
 Row = tuple[Prompt, Completion, np.ndarray, float]
-
-
-def _sequence_logprobs(model: torch.nn.Module, prompt: Prompt, completion: Completion) -> torch.Tensor:
-    ids = torch.from_numpy(np.concatenate([prompt.token_ids, completion.token_ids]).astype(np.int64))
-    logits = model(ids[None]).logits[0, len(prompt.token_ids) - 1 : -1] / TEMPERATURE
-    return logits.log_softmax(-1).gather(1, ids[len(prompt.token_ids) :, None])[:, 0]
 
 
 def _expected(
@@ -102,12 +69,12 @@ def _expected(
     for batch in batches:
         size = len(batch) // updates
         with torch.no_grad():
-            met = [_sequence_logprobs(model, prompt, completion) for prompt, completion, _, _ in batch]
+            met = [sequence_logprobs(model, prompt, completion) for prompt, completion, _, _ in batch]
         for start in range(0, len(batch), size):
             total = torch.zeros(())
             for i in range(start, start + size):
                 prompt, completion, reference, advantage = batch[i]
-                logprobs = _sequence_logprobs(model, prompt, completion)
+                logprobs = sequence_logprobs(model, prompt, completion)
                 behaviour = torch.from_numpy(completion.logprobs)
                 advantages = torch.full_like(behaviour, advantage)
                 old = met[i] if recompute else behaviour
@@ -133,45 +100,6 @@ def _probe_logprobs(model: torch.nn.Module) -> np.ndarray:
     row = torch.from_numpy(PROBE.astype(np.int64))[None]
     logprobs = (model(row).logits[0, :-1] / TEMPERATURE).log_softmax(-1)
     return logprobs.gather(1, row[0, 1:, None])[:, 0].numpy()
-
-
-def _start(
-    model_path: str,
-    ranks: int,
-    zero_stage: Any,
-    max_tokens: int,
-    old_policy: Any = "behaviour",
-    dtype: Any = "float32",
-    **settings: Any,
-) -> list[Any]:
-    actors = [
-        ray.remote(DeepSpeedLearner)
-        .options(num_cpus=0.5)
-        .remote(
-            model=ModelConfig(path=model_path, dtype=dtype),
-            learner=LearnerConfig(
-                lr=LR,
-                eps=EPS,
-                max_grad_norm=MAX_NORM,
-                zero_stage=zero_stage,
-                replicas=ranks,
-                max_tokens_per_micro_batch=max_tokens,
-                **settings,
-            ),
-            objective=MaspoConfig(old_policy=old_policy, importance_cap=IMPORTANCE_CAP),
-            kl=KLConfig(coef=KL),
-            temperature=TEMPERATURE,
-            total_updates=STEPS,
-            rank=rank,
-            world_size=ranks,
-            threads=1,
-            seed=0,
-        )
-        for rank in range(ranks)
-    ]
-    rendezvous = ray.get(actors[0].rendezvous.remote())
-    ray.get([actor.setup.remote(*rendezvous) for actor in actors])
-    return actors
 
 
 def _run(
@@ -227,10 +155,10 @@ def test_learner_updates_equal_plain_pytorch_for_any_cut(
     settings: dict[str, Any],
 ) -> None:
     lora: LoraConfig | None = settings.get("lora")
-    batches = [_batch(seed) for seed in range(STEPS)]
+    batches = [random_batch(seed) for seed in range(STEPS)]
     rows = [rows for _, rows in batches]
     expected, known = _expected(tiny_model, rows, updates, old_policy == "recompute", settings)
-    actors = _start(tiny_model, ranks, zero_stage, max_tokens, old_policy, **settings)
+    actors = start_learners(tiny_model, ranks, zero_stage, max_tokens, old_policy, **settings)
     saved = tmp_path / "saved"
     try:
         metrics = _run(actors, [experiences for experiences, _ in batches], max_tokens, share, updates)
@@ -294,11 +222,10 @@ def _broken(experience: Experience, fault: str) -> Experience:
     if fault == "reference":
         references = ray.get(experience.reference_logprobs)
         return Experience(group, experience.advantages, ray.put([references[0], references[1] * nan, references[2]]))
-    completions = ray.get(group.rollouts[0].payload)
-    completions[1] = replace(completions[1], logprobs=completions[1].logprobs * nan)
-    payload = ray.put(completions)
-    rollouts = tuple(rollout._replace(payload=payload) for rollout in group.rollouts)
-    return Experience(replace(group, rollouts=rollouts), experience.advantages, experience.reference_logprobs)
+    sampled = ray.get(group.payload)
+    first, second, third = sampled.completions
+    broken = SampledGroup(sampled.prompt, (first, replace(second, logprobs=second.logprobs * nan), third))
+    return replace(experience, group=replace(group, payload=ray.put(broken)))
 
 
 @pytest.mark.parametrize(
@@ -313,11 +240,11 @@ def _broken(experience: Experience, fault: str) -> Experience:
 def test_learner_step_with_a_loss_that_is_not_finite_is_left_out_and_names_the_group(
     tiny_model: str, own_ray: None, ranks: int, zero_stage: Any, fault: str
 ) -> None:
-    experiences, rows = _batch(0)
+    experiences, rows = random_batch(0)
     expected, _ = _expected(tiny_model, [rows], 1, False, {})
     [first, second, *rest] = experiences
     broken = [first, _broken(second, fault), *rest]
-    actors = _start(tiny_model, ranks, zero_stage, 4096)
+    actors = start_learners(tiny_model, ranks, zero_stage, 4096)
 
     def probe() -> np.ndarray:
         return ray.get([actor.completion_logprobs.remote([(PROBE[:1], PROBE[1:])]) for actor in actors])[0][0]
@@ -358,9 +285,9 @@ def test_learner_time_of_a_step_holds_recomputes_passes_and_stands_once(tiny_mod
 
         learner._logprobs = slowly
 
-    experiences, _ = _batch(0)
+    experiences, _ = random_batch(0)
     [(plans, payloads)] = pack(experiences, 1, 4096, True, 2)
-    [actor] = _start(tiny_model, 1, None, 4096, "recompute")
+    [actor] = start_learners(tiny_model, 1, None, 4096, "recompute")
     try:
         ray.get(actor.__ray_call__.remote(slow_down))
         started = time.monotonic()
@@ -410,11 +337,11 @@ def test_bfloat16_gradients_are_added_up_in_float32_and_weights_kept_so(
         given = list(EngineWeightSource(learner._weights))
         return {name: weight.clone() for name, weight in given}
 
-    experiences, _ = _batch(0, groups=8)
+    experiences, _ = random_batch(0, groups=8)
     plans = pack(experiences, 2, 24, True)
     assert len(plans[0][0][0].micro_batches) > 3
     expected = _bfloat16_expected(tiny_model, plans)
-    actors = _start(tiny_model, 2, zero_stage, 24, dtype="bfloat16")
+    actors = start_learners(tiny_model, 2, zero_stage, 24, dtype="bfloat16")
     try:
         for _ in range(STEPS):
             calls = [a.train_step.remote(0, own, *payloads) for a, (own, payloads) in zip(actors, plans, strict=True)]

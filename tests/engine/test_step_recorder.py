@@ -9,7 +9,17 @@ import pytest
 import ray
 
 from maspo_ray.errors import RunError
-from maspo_ray.experience import Completion, CompletionFacts, Experience, Group, Prompt, Rollout, Verdict, VersionSpan
+from maspo_ray.experience import (
+    Completion,
+    CompletionFacts,
+    Experience,
+    Group,
+    Prompt,
+    Rollout,
+    SampledGroup,
+    Verdict,
+    VersionSpan,
+)
 from maspo_ray.packing import pack
 from maspo_ray.pipeline.step_recorder import StepRecorder
 from maspo_ray.run_dir.paths import RunPaths
@@ -28,8 +38,9 @@ def _record(folder: Path) -> RunPaths:
     """Has the record of a step of one group written."""
     ids = np.arange(3, 7, dtype=np.int32)
     completion = Completion(ids, np.zeros(4, np.float32), (VersionSpan(2, 0, 4),), "stop", "")
-    rollout = Rollout(ray.put([completion]), 0, CompletionFacts.of(completion), Verdict.from_reward(1.0))
-    group = Group(5, "rows/5", ray.put(Prompt("rows/5", "", ids, "")), 4, 2, (rollout,), (11,))
+    rollout = Rollout(CompletionFacts.of(completion), Verdict.from_reward(1.0))
+    payload = ray.put(SampledGroup(Prompt("rows/5", "", ids, ""), (completion,)))
+    group = Group(5, "rows/5", payload, 4, 2, 0, (rollout,), (11,))
     batch, paths = [Experience(group, (1.0,), None)], RunPaths(folder)
 
     async def write() -> None:
