@@ -40,14 +40,16 @@ from maspo_ray.weight_sync.buckets import cut_buckets
 from maspo_ray.weight_sync.gloo_engine import (
     BUCKET_BYTES,
     Buffers,
-    GlooTrainerInitInfo,
-    GlooTrainerWeightTransferEngine,
     GlooUpdateInfo,
     GlooWorkerExtension,
-    fill_bucket,
     join_group,
-    run_both,
     start_broadcast,
+)
+from maspo_ray.weight_sync.gloo_trainer import (
+    GlooTrainerInitInfo,
+    GlooTrainerWeightTransferEngine,
+    fill_bucket,
+    run_both,
 )
 from maspo_ray.weight_sync.publisher import RolloutClient
 

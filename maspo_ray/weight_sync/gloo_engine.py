@@ -1,4 +1,4 @@
-"""Weight transfer over Gloo, for where there is no GPU: an engine for vLLM's worker and its trainer-side twin.
+"""Weight transfer over Gloo, for where there is no GPU: the engine in vLLM's worker. Its trainer-side twin is `gloo_trainer`'s.
 
 Promise: the same calls in the same order as vLLM's `nccl` backend, registered beside it under the name `gloo`, so that neither the
 learner nor the pipeline know which of them carries the weights; and before them one more, `stage_weights`, by which the bytes
@@ -7,35 +7,26 @@ arrive while the engine still generates. vLLM imports this module in the engine'
 """
 
 import socket
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, ClassVar, Protocol, Self, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroupGloo, TCPStore
 from vllm.distributed.weight_transfer.base import (
-    ParamMeta,
-    TrainerInitInfo,
-    TrainerWeightTransferEngine,
-    VLLMWeightSyncClient,
-    WeightSource,
     WeightTransferEngine,
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
-from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-from maspo_ray.errors import RunError
 from maspo_ray.weight_sync.buckets import Bucket, cut_buckets
 from maspo_ray.weight_sync.checksum import WeightDigest
 
 T = TypeVar("T")
 BUCKET_BYTES = 2**20
 """Most matrices are larger, and are sent from where they lie: a copy costs about a third of what a broadcast on one machine does."""
-_GRACE_S = 5.0
-"""Between the deadlines of the two sides of a transfer, which are of the same length."""
 
 
 class Buffers:
@@ -74,20 +65,6 @@ class GlooUpdateInfo(WeightTransferUpdateInfo):
     def buckets(self, bucket_bytes: int) -> list[Bucket]:
         dtypes = [getattr(torch, name) for name in self.dtype_names]
         return cut_buckets(zip(self.names, dtypes, self.shapes, strict=True), bucket_bytes)
-
-
-@dataclass
-class GlooTrainerInitInfo(TrainerInitInfo):
-    """Trainer-side twin of `GlooInitInfo`; `world_size` counts the trainer and all workers."""
-
-    backend: ClassVar[str] = "gloo"
-
-    master_address: str
-    master_port: int
-    world_size: int
-    timeout_s: float
-    bucket_bytes: int = BUCKET_BYTES
-    buffers: Buffers = field(default_factory=Buffers)
 
 
 def join_group(address: str, port: int, rank: int, world_size: int, timeout_s: float) -> ProcessGroupGloo:
@@ -184,151 +161,6 @@ def repack_tied_lm_head(model: torch.nn.Module) -> None:
         method.process_weights_after_loading(lm_head)
 
 
-class StagingClient(VLLMWeightSyncClient, Protocol):
-    """vLLM's client to the engines, with the call that it lacks."""
-
-    def stage_weights(self, update_info: dict[str, Any]) -> None:
-        """Lets the engines begin to receive; returns when all have begun."""
-        ...
-
-    def check(self) -> None:
-        """Raises where an engine is gone, and names it."""
-        ...
-
-
-class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
-    """Trainer side: rank 0 sends; the other ranks only take part in gathering what the source materialises.
-
-    What the source yields must keep its values until `send_weights` returns: large weights are sent from where they lie.
-    """
-
-    init_info_cls = GlooTrainerInitInfo
-
-    client: StagingClient
-
-    def __init__(self, *, init_info: GlooTrainerInitInfo, client: VLLMWeightSyncClient, source: WeightSource) -> None:
-        super().__init__(client=client, source=source, is_sender=init_info.is_sender)
-        self._bucket_bytes = init_info.bucket_bytes
-        self._buffers = init_info.buffers
-        self._group: ProcessGroupGloo | None = None
-
-    @classmethod
-    def trainer_init(
-        cls, init_info: GlooTrainerInitInfo, *, client: VLLMWeightSyncClient, source: WeightSource | None = None
-    ) -> Self:
-        assert source is not None, "the gloo backend sends the weights of a source"
-        engine = cls(init_info=init_info, client=client, source=source)
-        if engine.is_sender:
-            worker_info = GlooInitInfo(
-                master_address=init_info.master_address,
-                master_port=init_info.master_port,
-                rank_offset=1,
-                world_size=init_info.world_size,
-                bucket_bytes=init_info.bucket_bytes,
-                timeout_s=init_info.timeout_s,
-            )
-            engine._group = run_both(
-                lambda: client.init_weight_transfer_engine(asdict(worker_info)),
-                lambda: join_group(
-                    init_info.master_address, init_info.master_port, 0, init_info.world_size, init_info.timeout_s
-                ),
-            )
-        return engine
-
-    def send_weights(self) -> None:
-        assert self.source is not None
-        meta = self.source.metadata()
-        if not self.is_sender:
-            for _ in self.source:
-                pass
-            return
-        info = GlooUpdateInfo(
-            names=[m.name for m in meta],
-            dtype_names=[str(m.dtype).removeprefix("torch.") for m in meta],
-            shapes=[list(m.shape) for m in meta],
-        )
-        # Sent and received while the engines still generate: their pause is for loading alone, at the price of a copy of the
-        # weights on their side.
-        self._transfer(info, meta)
-        self.client.start_weight_update()
-        self.client.update_weights(asdict(info))
-        self.client.finish_weight_update()
-
-    def _transfer(self, info: GlooUpdateInfo, meta: list[ParamMeta]) -> None:
-        try:
-            run_both(lambda: self.client.stage_weights(asdict(info)), lambda: self._broadcast(meta))
-        except RuntimeError as error:
-            # Gloo knows that a peer is gone, not which.
-            if not isinstance(error, RunError):
-                self.client.check()
-            raise
-
-    def _broadcast(self, meta: list[ParamMeta]) -> None:
-        """Sends bucket after bucket, packing one, where it has several weights, while those before are under way. Where the source
-        gathers, the other ranks take part."""
-        assert self.source is not None and self._group is not None
-        weights = iter(self.source)
-        buckets = cut_buckets(((m.name, m.dtype, m.shape) for m in meta), self._bucket_bytes)
-        buffers = iter(self._buffers.of([bucket for bucket in buckets if len(bucket.entries) > 1]))
-        sending = []
-        for bucket in buckets:
-            if len(bucket.entries) > 1:
-                buffer = next(buffers)
-                fill_bucket(bucket, buffer, weights)
-            else:
-                buffer = bytes_of(bucket, weights)
-            sending.append(start_broadcast(self._group, buffer))
-        # A source that gathers is a collective: run it to its end, as the other ranks do.
-        assert next(weights, None) is None, "the source yields more than its metadata declares"
-        for work in sending:
-            work.wait()
-
-    def shutdown(self) -> None:
-        self._group = None
-
-
-@torch.no_grad()
-def fill_bucket(bucket: Bucket, buffer: torch.Tensor, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
-    for name, view in bucket.views(buffer):
-        view.copy_(_next_weight(name, weights))
-
-
-def bytes_of(bucket: Bucket, weights: Iterator[tuple[str, torch.Tensor]]) -> torch.Tensor:
-    """Returns the bytes of a bucket's only parameter as they lie in memory, [num_bytes] uint8; they are copied only where the weight is
-    on another device, of another dtype, or not contiguous."""
-    entry = bucket.entries[0]
-    weight = _next_weight(entry.name, weights).detach().to("cpu", entry.dtype)
-    return weight.contiguous().flatten().view(torch.uint8)
-
-
-def _next_weight(name: str, weights: Iterator[tuple[str, torch.Tensor]]) -> torch.Tensor:
-    given, weight = next(weights)
-    assert given == name, f"the source yields {given} where its metadata declares {name}"
-    return weight
-
-
-def run_both(remote: Callable[[], Any], local: Callable[[], T]) -> T:
-    """Returns what `local` does while `remote` runs on a thread; neither side of a collective may wait for the other.
-
-    Where both fail it is `remote` that can say which actor is at fault.
-    """
-    executor = ThreadPoolExecutor(max_workers=1)
-    try:
-        call = executor.submit(remote)
-        try:
-            result = local()
-        except Exception:
-            wait([call], timeout=_GRACE_S)
-            if call.done():
-                call.result()
-            raise
-        call.result()
-        return result
-    finally:
-        # Not joined: after an error on one side the other may wait for a peer that never comes, until its own deadline.
-        executor.shutdown(wait=False)
-
-
 class GlooWorkerExtension:
     """Named as vLLM's `worker_extension_cls`, so that importing it registers the engine in the engine's process.
 
@@ -347,11 +179,6 @@ class GlooWorkerExtension:
         self.weight_transfer_engine.stage(GlooUpdateInfo(**update_info))
 
 
-def _register() -> None:
-    if "gloo" not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine("gloo", GlooWeightTransferEngine)
-    if "gloo" not in WeightTransferTrainerFactory._registry:
-        WeightTransferTrainerFactory.register_engine("gloo", GlooTrainerWeightTransferEngine)
-
-
-_register()
+if "gloo" not in WeightTransferEngineFactory._registry:
+    # Imported again in the same process, it is there already.
+    WeightTransferEngineFactory.register_engine("gloo", GlooWeightTransferEngine)

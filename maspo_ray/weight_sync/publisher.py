@@ -200,7 +200,8 @@ def _trainer_end(
         return lambda world_size: NCCLTrainerInitInfo(
             master_address=master_address, master_port=free_port(), world_size=world_size, rank=rank
         )
-    from maspo_ray.weight_sync.gloo_engine import Buffers, GlooTrainerInitInfo
+    from maspo_ray.weight_sync.gloo_engine import Buffers
+    from maspo_ray.weight_sync.gloo_trainer import GlooTrainerInitInfo
 
     # Groups send one after the other, so that all can use the same.
     buffers = Buffers()

@@ -9,14 +9,8 @@ from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
 from maspo_ray.weight_sync import free_port
 from maspo_ray.weight_sync.buckets import cut_buckets
-from maspo_ray.weight_sync.gloo_engine import (
-    GlooTrainerInitInfo,
-    GlooTrainerWeightTransferEngine,
-    GlooUpdateInfo,
-    bytes_of,
-    join_group,
-    start_broadcast,
-)
+from maspo_ray.weight_sync.gloo_engine import GlooUpdateInfo, join_group, start_broadcast
+from maspo_ray.weight_sync.gloo_trainer import GlooTrainerInitInfo, GlooTrainerWeightTransferEngine, bytes_of
 
 pytestmark = pytest.mark.engine
 BUCKET_BYTES = 64

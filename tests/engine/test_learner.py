@@ -190,9 +190,9 @@ def test_learner_updates_equal_plain_pytorch_for_any_cut(
 def test_learner_ranks_share_any_number_of_groups_and_one_may_have_none(
     tiny_model: str, own_ray: None, zero_stage: Any
 ) -> None:
-    batches = [_batch(seed, groups) for seed, groups in enumerate((1, 3))]
+    batches = [random_batch(seed, groups) for seed, groups in enumerate((1, 3))]
     expected, known = _expected(tiny_model, [rows for _, rows in batches], 1, False, {})
-    actors = _start(tiny_model, 2, zero_stage, 4096)
+    actors = start_learners(tiny_model, 2, zero_stage, 4096)
     bundles, found = [], []
     try:
         for experiences, _ in batches:

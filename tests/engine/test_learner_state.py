@@ -11,7 +11,17 @@ import torch
 
 from actors.deepspeed_learner import DeepSpeedLearner
 from maspo_ray.config import KLConfig, LearnerConfig, LoraConfig, MaspoConfig, ModelConfig
-from maspo_ray.experience import Completion, CompletionFacts, Experience, Group, Prompt, Rollout, Verdict, VersionSpan
+from maspo_ray.experience import (
+    Completion,
+    CompletionFacts,
+    Experience,
+    Group,
+    Prompt,
+    Rollout,
+    SampledGroup,
+    Verdict,
+    VersionSpan,
+)
 from maspo_ray.packing import pack
 
 pytestmark = [pytest.mark.engine, pytest.mark.ray]
@@ -25,22 +35,19 @@ def _group(rng: np.random.Generator, group_id: int) -> Experience:
     """Returns an experience of random tokens and advantages."""
     prompt = Prompt(str(group_id), "", rng.integers(3, 60, size=4).astype(np.int32), "")
     lengths = rng.integers(2, 10, size=GROUP_SIZE)
-    completions = [
+    completions = tuple(
         Completion(
             rng.integers(3, 60, size=length).astype(np.int32),
             rng.normal(-4, 0.3, size=length).astype(np.float32),
             (VersionSpan(0, 0, int(length)),),
             "stop",
             "",
-            sample,
         )
-        for sample, length in enumerate(lengths)
-    ]
-    payload = ray.put(completions)
-    rollouts = tuple(
-        Rollout(payload, i, CompletionFacts.of(c), Verdict.from_reward(1.0)) for i, c in enumerate(completions)
+        for length in lengths
     )
-    group = Group(group_id, prompt.prompt_id, ray.put(prompt), len(prompt.token_ids), 0, rollouts)
+    payload = ray.put(SampledGroup(prompt, completions))
+    rollouts = tuple(Rollout(CompletionFacts.of(c), Verdict.from_reward(1.0)) for c in completions)
+    group = Group(group_id, prompt.prompt_id, payload, len(prompt.token_ids), 0, 0, rollouts)
     return Experience(group, tuple(float(a) for a in rng.normal(size=GROUP_SIZE)))
 
 

@@ -21,7 +21,7 @@ FLOORS: dict[str, list[str]] = {
     "maspo_ray.config": ["sections", "data", "objective", "faults", "run", ""],
     "maspo_ray.experience": [],
     "maspo_ray.packing": [],
-    "maspo_ray.weight_sync": ["", "buckets", "checksum", "gloo_engine", "publisher"],
+    "maspo_ray.weight_sync": ["", "buckets", "checksum", "gloo_engine", "gloo_trainer", "publisher"],
     "maspo_ray.protocols": [],
     "maspo_ray.testing": [],
     "maspo_ray.advantages": [],
