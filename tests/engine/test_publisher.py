@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from rollouts import make_prompt, sample, start_rollout
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from vllm.distributed.weight_transfer import ModuleSource, WeightSource
 from vllm.distributed.weight_transfer.base import ParamMeta
@@ -21,7 +22,6 @@ from maspo_ray.experience import Completion
 from maspo_ray.fleet.transfer_sets import transfer_sets
 from maspo_ray.weight_sync.gloo_engine import GlooUpdateInfo, join_group, start_broadcast
 from maspo_ray.weight_sync.publisher import RolloutClient, WeightPublisher
-from tests.engine.rollouts import make_prompt, sample, start_rollout
 
 pytestmark = [pytest.mark.engine, pytest.mark.ray]
 TIMEOUT_S = 1.5

@@ -9,11 +9,11 @@ import pytest
 import ray
 import torch
 from numpy.typing import NDArray
+from rollouts import ask, completions_of, make_prompt, sample, start_rollout
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from maspo_ray.experience import Completion, Prompt
 from maspo_ray.hosts.messages import Expired, Priority
-from tests.engine.rollouts import ask, completions_of, make_prompt, sample, start_rollout
 
 pytestmark = [pytest.mark.engine, pytest.mark.ray]
 TEMPERATURE = 0.7
