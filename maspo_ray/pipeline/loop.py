@@ -18,7 +18,7 @@ from maspo_ray.groups.intake import Intake
 from maspo_ray.packing import pack
 from maspo_ray.pipeline.garbage import collecting_rarely
 from maspo_ray.pipeline.producer import Producer
-from maspo_ray.pipeline.step_recorder import StepRecorder
+from maspo_ray.pipeline.record_queue import RecordQueue
 from maspo_ray.pipeline.update_watch import UpdateWatch
 from maspo_ray.pipeline.wait_watch import watch_waits
 from maspo_ray.rollouts.pool import RolloutPool
@@ -62,7 +62,7 @@ class Pipeline:
         self._compared_at = [0] * len(pool.table)
         self._evaluations = EvaluationSchedule(evaluator, config.eval, pipeline.steps, journal)
         self._updates = UpdateWatch(config.learner.max_skipped_updates)
-        self._recorder = StepRecorder(fleet, journal.files, pipeline.step_timeout_s) if config.logging.steps else None
+        self._recorder = RecordQueue(fleet, journal.files, pipeline.step_timeout_s) if config.logging.steps else None
 
     @property
     def group_counts(self) -> dict[str, int]:

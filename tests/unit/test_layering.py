@@ -73,7 +73,7 @@ FLOORS: dict[str, list[str]] = {
     "maspo_ray.rollouts": ["", "seeds", "error_watch", "pool", "references", "publishing"],
     "maspo_ray.evaluation": ["", "evaluator", "parity", "schedule"],
     "maspo_ray.replay": ["", "model_difference", "plan", "replay"],
-    "maspo_ray.pipeline": ["", "garbage", "update_watch", "wait_watch", "step_recorder", "producer", "loop"],
+    "maspo_ray.pipeline": ["", "garbage", "update_watch", "wait_watch", "record_queue", "producer", "loop"],
     "maspo_ray.controller": [],
     "maspo_ray.cli": [],
     "maspo_ray.__main__": [],

@@ -15,7 +15,7 @@ from maspo_ray.run_dir.paths import RunPaths
 from maspo_ray.run_dir.step_record import Share, numbered, write_step
 
 
-class StepWriter:
+class RecordWriter:
     """An actor and not a task: Ray 2.60 ends a worker that is idle for a second, and starting one anew costs a second of CPU a step."""
 
     def write(
@@ -31,7 +31,7 @@ class StepWriter:
         write_step(path, step, version, batch, shares, dict(enumerate(values)))
 
 
-class StepRecorder:
+class RecordQueue:
     """Has a step's record written while the learner makes the step.
 
     Args:
@@ -41,7 +41,7 @@ class StepRecorder:
     def __init__(self, fleet: Fleet, folder: RunPaths, timeout_s: float) -> None:
         self._folder = folder
         self._timeout_s = timeout_s
-        self._writer = fleet.create_here(StepWriter)
+        self._writer = fleet.create_here(RecordWriter)
         self._writing: tuple[int, Any] | None = None
 
     async def submit(self, step: int, version: int, batch: Sequence[Experience], shares: Sequence[Share]) -> None:
@@ -65,5 +65,5 @@ class StepRecorder:
             return
         (step, written), self._writing = self._writing, None
         late = f"the record of step {step} was not written within pipeline.step_timeout_s"
-        call = await_named(StepWriter.__name__, f"writing the record of step {step}", written)
+        call = await_named(RecordWriter.__name__, f"writing the record of step {step}", written)
         await await_within(self._timeout_s, late, call)

@@ -21,7 +21,7 @@ from maspo_ray.experience import (
     VersionSpan,
 )
 from maspo_ray.packing import pack
-from maspo_ray.pipeline.step_recorder import StepRecorder
+from maspo_ray.pipeline.record_queue import RecordQueue
 from maspo_ray.run_dir.paths import RunPaths
 from maspo_ray.run_dir.step_record import read_step
 
@@ -45,7 +45,7 @@ def _record(folder: Path) -> RunPaths:
 
     async def write() -> None:
         fleet: Any = _Fleet()
-        recorder = StepRecorder(fleet, paths, timeout_s=60.0)
+        recorder = RecordQueue(fleet, paths, timeout_s=60.0)
         await recorder.submit(3, 2, batch, pack(batch, 1, 100, False))
         await recorder.finish()
 
@@ -61,6 +61,6 @@ def test_record_is_on_disk_when_the_recorder_has_finished(own_ray: None, tmp_pat
 def test_record_that_cannot_be_written_ends_the_run_with_the_cause(own_ray: None, tmp_path: Path) -> None:
     (tmp_path / "steps").write_text("a file where the folder would be")
     with pytest.raises(
-        RunError, match=r"^StepWriter failed while writing the record of step 3: (NotADirectory|FileExists)Error: "
+        RunError, match=r"^RecordWriter failed while writing the record of step 3: (NotADirectory|FileExists)Error: "
     ):
         _record(tmp_path)
