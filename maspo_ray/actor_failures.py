@@ -36,6 +36,9 @@ _ACTOR_LOST = (
     ActorUnschedulableError,
     TaskUnschedulableError,
 )
+CULPRIT_S = 2.0
+"""An actor's peers may fail of its death before Ray has told of it: so long it is waited for, so that it is the one named."""
+
 _SENTENCES = 2
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s*(?=Tip:)|(?<=[.!?])\s+(?=[A-Z(\[`])")
 _SAYS_NOTHING = re.compile(

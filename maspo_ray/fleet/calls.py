@@ -10,12 +10,9 @@ from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
 
-from maspo_ray.actor_failures import actor_error
+from maspo_ray.actor_failures import CULPRIT_S, actor_error
 from maspo_ray.errors import ActorError, ActorGone, ActorLate, RunError
 from maspo_ray.fleet.actor_logs import ACTOR_LOGS
-
-_CULPRIT_S = 2.0
-"""An actor's peers may fail of its death before Ray has told of it: so long it is waited for, so that it is the one named."""
 
 
 class failures_named:  # noqa: N801, a context manager
@@ -96,7 +93,7 @@ async def await_all(seconds: float, where: str, calls: Mapping[str, Coroutine[An
 async def _culprit(failed: list[BaseException], pending: set[asyncio.Task[Any]]) -> BaseException:
     """Returns the failure that the others come from: that of an actor that is gone, where one is."""
     if pending and all(isinstance(error, ActorError) for error in failed) and not any(map(_is_gone, failed)):
-        more, _ = await asyncio.wait(pending, timeout=_CULPRIT_S, return_when=asyncio.FIRST_EXCEPTION)
+        more, _ = await asyncio.wait(pending, timeout=CULPRIT_S, return_when=asyncio.FIRST_EXCEPTION)
         failed += [error for task in more if not task.cancelled() and (error := task.exception()) is not None]
     return next(filter(_is_gone, failed), failed[0])
 

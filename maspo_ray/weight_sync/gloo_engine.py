@@ -10,7 +10,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroupGloo, TCPStore
@@ -24,7 +24,6 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from maspo_ray.weight_sync.buckets import Bucket, cut_buckets
 from maspo_ray.weight_sync.checksum import WeightDigest
 
-T = TypeVar("T")
 BUCKET_BYTES = 2**20
 """Most matrices are larger, and are sent from where they lie: a copy costs about a third of what a broadcast on one machine does."""
 

@@ -17,13 +17,10 @@ from ray.exceptions import RayError
 from vllm.distributed.weight_transfer import TrainerWeightTransferEngine, WeightSource, WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.base import ParamMeta, TrainerInitInfo
 
-from maspo_ray.actor_failures import actor_error
+from maspo_ray.actor_failures import CULPRIT_S, actor_error
 from maspo_ray.errors import ActorGone, ActorLate
 from maspo_ray.experience import PublishReport
 from maspo_ray.weight_sync import Backend, free_port
-
-_CULPRIT_S = 2.0
-"""An engine's peers may fail of its death before Ray has told of it: so long it is waited for, so that it is the one named."""
 
 
 class RolloutClient:
@@ -98,7 +95,7 @@ class RolloutClient:
             ray.get(calls, timeout=self._timeout_s)
             return
         except RayError:
-            done, late = ray.wait(calls, num_returns=len(calls), timeout=_CULPRIT_S)
+            done, late = ray.wait(calls, num_returns=len(calls), timeout=CULPRIT_S)
         names = dict(zip(calls, self._names, strict=True))
         failed = []
         for call in done:

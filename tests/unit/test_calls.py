@@ -94,7 +94,7 @@ def test_await_all_ends_with_the_first_failure_and_cancels_the_others() -> None:
 def test_await_all_names_the_actor_that_is_gone_before_those_that_failed_of_it(
     monkeypatch: pytest.MonkeyPatch, gone_after_s: float, named: str
 ) -> None:
-    monkeypatch.setattr("maspo_ray.fleet.calls._CULPRIT_S", 1.0)
+    monkeypatch.setattr("maspo_ray.fleet.calls.CULPRIT_S", 1.0)
     closed, gone = ActorFailed.of("learner/1", "connection closed by peer"), ActorGone.of("learner/0", "it died")
     calls: dict[str, Any] = {"learner/1": _fail(closed), "learner/0": _fail(gone, gone_after_s)}
     with pytest.raises(RunError) as raised:
