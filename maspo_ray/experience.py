@@ -35,7 +35,8 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class VersionSpan:
-    """Tokens `[start, end)` of a completion were sampled by the weights of `version`, as the engine stamped them."""
+    """Tokens `[start, end)` of a completion were sampled by the weights of `version`, as the engine stamped them; the first span is of the
+    version that the completion began with, where that is older (`hosts.rollout_host`)."""
 
     version: int
     start: int

@@ -14,9 +14,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsError
 
-from maspo_ray.config.data import (
-    DataConfig,
-)
+from maspo_ray.config.data import DataConfig
 from maspo_ray.config.faults import describe_flag_error, describe_validation_errors
 from maspo_ray.config.objective import AdvantageConfig, KLConfig, MaspoConfig, ObjectiveConfig
 from maspo_ray.config.sections import (

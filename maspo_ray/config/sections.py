@@ -261,7 +261,7 @@ class PipelineConfig(Section):
     """An engine that had no token of current weights in a batch for so many steps samples some, so that learner and engine are compared;
     those that have are compared at every step for nothing. 0 samples at start only."""
     parity_bound: float | None = Field(None, gt=0)
-    """Of |Δ log-prob| over tokens that the engine samples: the largest in float32 (by default at most 1e-3), the mean in
+    """Of |Δ log-prob| between learner and engine: the largest in float32 (by default at most 1e-3), the mean in
     bfloat16, whose rounding has outliers (by default at most 0.1, and at most 3 times what it is at the run's start)."""
     parity_prompts: int = Field(8, ge=1)
     """Prompts that an engine samples a completion for where it is compared by itself, as at the start."""
@@ -275,9 +275,10 @@ class PipelineConfig(Section):
     setup_timeout_s: float = Field(900.0, gt=0)
     """Deadline of all actors' start, models loaded."""
     weight_sync_timeout_s: float = Field(300.0, gt=0)
-    """Deadline of each part of a weight transfer; the actor that misses it is named."""
+    """Deadline of each part of a weight transfer, of an engine's checksum, and of its answer when it is asked how it fares; the actor
+    that misses it is named."""
     step_timeout_s: float = Field(3600.0, gt=0)
-    """Deadline of a step's training."""
+    """Deadline of a step's training, of the learner's log-probs for parity, and of a step's record."""
 
     @property
     def max_groups_under_way(self) -> int:

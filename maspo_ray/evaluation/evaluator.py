@@ -14,9 +14,10 @@ from maspo_ray.hosts.messages import Priority
 from maspo_ray.rollouts.pool import RolloutPool, Sampled
 
 _SEED_STRIDE = 1_000_003
-_PROMPTS_AT_ONCE = 2048
-"""Prompts that are with the engines at once: an actor holds so many calls at most, and a weight update must find room among them."""
 """Evaluations of runs whose seeds differ share no sampling seed, unless one has more completions than this."""
+_PROMPTS_AT_ONCE = 2048
+"""Prompts that are with the engines at once. Ray lets an actor run only so many calls (`fleet.fleet`), and those of a weight update must
+find room among them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ STEP_COLUMNS: Mapping[str, Reduction] = {
     "staleness/max": "max",
     "staleness/over_bound_share": "mean",
 }
-"""What groups, rollouts and checks add to a step. A step in which a thing did not happen has the column nevertheless: a sum of nothing
+"""What the groups of a step add to its row. A step in which a thing did not happen has the column nevertheless: a sum of nothing
 is 0, any other reduction of nothing is NaN."""
 
 

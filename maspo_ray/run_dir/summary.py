@@ -25,7 +25,7 @@ class RunSummary:
         rollout_idle_share: share of it in which a rollout engine had nothing to generate, mean over engines.
         groups: number submitted, and by outcome: trained, filtered, stale, failed.
         seconds: role → kind of call → seconds, summed over calls, also those that ran at the same time.
-        parity_max: largest |Δ log-prob| between learner and rollout engine in any parity check.
+        parity_max: largest |Δ log-prob| between learner and rollout engines, at any step and in any probe.
         errors: completions of training that could not be scored; evaluation_errors, of evaluations.
         interrupted: whether the run ended before its last step.
         saved: what the run wrote, as paths relative to its folder.
