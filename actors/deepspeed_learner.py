@@ -105,7 +105,7 @@ class DeepSpeedLearner:
         self._device = device_of()
 
     def train_step(self, version: int, plans: Sequence[RankPlan], *payloads: Any) -> list[UpdateReport]:
-        from actors.learner_metrics import reduced
+        from actors.learner_metrics import reduce_breakdown
         from actors.parity_sums import ParitySums
         from maspo_ray.objectives.breakdown import Breakdown
 
@@ -125,7 +125,7 @@ class DeepSpeedLearner:
         reports[0] = replace(reports[0], parity=parity.reduce())
         # The breakdown is of all updates that were applied, so that it is the same in each report. The time is the step's, with what
         # is of no update by itself, such as recompute's passes: it stands once, and the sum over the updates is the step's.
-        figures = reduced(breakdown)
+        figures = reduce_breakdown(breakdown)
         for i, report in enumerate(reports):
             report.metrics.update(figures | {"time/train_s": 0.0 if i else perf_counter() - started})
         return reports

@@ -76,7 +76,7 @@ class UpdateSums:
         return metrics | {"objective/ratio_max": self._ratio_max.item()}
 
 
-def reduced(breakdown: Breakdown) -> dict[str, float]:
+def reduce_breakdown(breakdown: Breakdown) -> dict[str, float]:
     """Returns the metrics of all ranks' breakdowns, added up. A collective."""
     for tensor in (breakdown.table, breakdown.histogram):
         dist.all_reduce(tensor)

@@ -57,7 +57,7 @@ class ParityBounds:
             if self._statistic == "max":
                 self._judge(version, replica, parity.max, _FLOAT32_MAX)
                 continue
-            gathered = joined([parity, *filter(None, [self._few.pop(replica, None)])])
+            gathered = join_parities([parity, *filter(None, [self._few.pop(replica, None)])])
             self._judge(version, replica, gathered.mean, _BFLOAT16_MEAN)
             if gathered.tokens < _FEWEST_TOKENS:
                 self._few[replica] = gathered
@@ -81,7 +81,7 @@ def statistic_of(dtype: Dtype) -> ParityStatistic:
     return "max" if dtype == "float32" else "mean"
 
 
-def joined(parities: Sequence[Parity]) -> Parity:
+def join_parities(parities: Sequence[Parity]) -> Parity:
     """Returns the difference over the tokens of all, at least one of which has some."""
     tokens = sum(parity.tokens for parity in parities)
     # max() would keep a NaN or not by its place.
@@ -121,7 +121,7 @@ class ParityProbe:
         found: dict[int, list[Parity]] = {}
         for (replica, _), completion, logprobs in zip(asked, sampled, learner, strict=True):
             found.setdefault(replica, []).append(difference(logprobs, completion.logprobs))
-        return {replica: joined(parities) for replica, parities in found.items()}
+        return {replica: join_parities(parities) for replica, parities in found.items()}
 
     async def _complete(self, replica: int, prompt: Prompt) -> Completion:
         """Returns a completion that an engine samples."""

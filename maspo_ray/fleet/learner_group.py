@@ -80,9 +80,11 @@ class LearnerGroup:
             note(f"learner/{rank} is up")
 
         rendezvous = await_named("learner/0", "starting", first.rendezvous.remote())
-        [(address, port)] = await await_all(seconds, _within("starting", deadline), {"learner/0": rendezvous})
+        [(address, port)] = await await_all(
+            seconds, _describe_deadline("starting", deadline), {"learner/0": rendezvous}
+        )
         calls = {f"learner/{rank}": set_up(rank, address, port) for rank in range(len(self._handles))}
-        await await_all(seconds, _within("setting up", deadline), calls)
+        await await_all(seconds, _describe_deadline("setting up", deadline), calls)
         if not self._wants_shared_prompts:
             return
         asked = [handle.shares_prompts.remote() for handle in self._handles]
@@ -187,14 +189,14 @@ class LearnerGroup:
             actor: await_named(actor, "transferring weights", engine.check.remote())
             for actor, engine in zip(actors, self._engines[replicas], strict=True)
         }
-        where = _within("transferring weights", "pipeline.weight_sync_timeout_s")
+        where = _describe_deadline("transferring weights", "pipeline.weight_sync_timeout_s")
         await await_all(self._deadlines.engine_call_s, where, calls)
 
     async def _answer(self, doing: str, calls: Sequence[Awaitable[Any]], seconds: float, deadline: str) -> Any:
         """Returns what rank 0 answers, once all have."""
         named = {f"learner/{rank}": await_named(f"learner/{rank}", doing, call) for rank, call in enumerate(calls)}
-        return (await await_all(seconds, _within(doing, deadline), named))[0]
+        return (await await_all(seconds, _describe_deadline(doing, deadline), named))[0]
 
 
-def _within(doing: str, deadline: str) -> str:
+def _describe_deadline(doing: str, deadline: str) -> str:
     return f"while {doing}; the deadline follows from {deadline}"

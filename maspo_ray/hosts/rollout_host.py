@@ -109,7 +109,7 @@ class RolloutHost:
         self._ended += 1
         self._idle.finished(self._clock(), 1)
         group.unfinished -= 1
-        return dated(completion, began_with)
+        return date_first_span(completion, began_with)
 
     async def check(self) -> None:
         """Returns when the engine has given a sign of life; raises where it has died."""
@@ -221,7 +221,7 @@ class _RunningGroup:
             self._verdicts[scored] = verdict
 
 
-def dated(completion: Completion, began_with: int) -> Completion:
+def date_first_span(completion: Completion, began_with: int) -> Completion:
     """Returns a completion whose first span is dated by the version at its beginning, where that is older than the engine's stamp.
 
     If an update lands before prefill, cached prompt blocks may still come from the older weights, which the engine's stamp of the first

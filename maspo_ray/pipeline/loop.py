@@ -10,7 +10,7 @@ import math
 from maspo_ray.config import RunConfig
 from maspo_ray.data.prompts import PromptStream
 from maspo_ray.evaluation.evaluator import Evaluator
-from maspo_ray.evaluation.parity import ParityBounds, ParityProbe, joined
+from maspo_ray.evaluation.parity import ParityBounds, ParityProbe, join_parities
 from maspo_ray.evaluation.schedule import EvaluationSchedule
 from maspo_ray.experience import Experience, Parity, UpdateReport
 from maspo_ray.fleet.fleet import Fleet
@@ -242,5 +242,5 @@ class WaitForBatch:
 
 def _parity_columns(found: list[Parity]) -> dict[str, float]:
     """Returns the worst engine's parity; NaN where none was compared."""
-    worst = joined(found).max if found else math.nan
+    worst = join_parities(found).max if found else math.nan
     return {"parity/max": worst, "parity/mean": max((parity.mean for parity in found), default=math.nan)}

@@ -12,7 +12,7 @@ from maspo_ray.experience import Experience
 from maspo_ray.fleet.calls import await_named, await_within
 from maspo_ray.fleet.fleet import Fleet
 from maspo_ray.run_dir.paths import RunPaths
-from maspo_ray.run_dir.step_record import Share, numbered, write_step
+from maspo_ray.run_dir.step_record import Share, number_references, write_step
 
 
 class RecordWriter:
@@ -27,7 +27,8 @@ class RecordWriter:
         shares: Sequence[Share],
         *values: Any,
     ) -> None:
-        """Writes the record of a step whose references are `numbered`; `values` are what the numbers count."""
+        """Writes the record of a step whose references are numbered (`number_references`); `values` are what they refer to, in the order
+        of their numbers."""
         write_step(path, step, version, batch, shares, dict(enumerate(values)))
 
 
@@ -52,7 +53,7 @@ class RecordQueue:
         """
         await self.finish()
         path = self._folder.step_record(step).resolve()
-        own, own_shares, references = numbered(batch, shares)
+        own, own_shares, references = number_references(batch, shares)
         self._writing = step, self._writer.write.remote(path, step, version, own, own_shares, *references)
 
     async def finish(self) -> None:

@@ -70,10 +70,10 @@ class StepRecord:
     shares: tuple[Share, ...]
 
 
-def numbered(
+def number_references(
     batch: Sequence[Experience], shares: Sequence[Share]
 ) -> tuple[list[Experience], list[Share], tuple[Any, ...]]:
-    """Returns a batch and its shares with a number in place of each reference, and the references that the numbers count.
+    """Returns a batch and its shares with a number in place of each reference, and the references in the order of their numbers.
 
     A reference within an argument of a call is one more that Ray has to keep count of, in the process that borrows it and its owner.
     """
@@ -104,7 +104,7 @@ def write_step(
 
     Args:
         shares: of each rank, as `pack` made them of the batch.
-        values: what each reference of the batch refers to; of one that is `numbered`, what each number counts.
+        values: what each reference of the batch refers to; of a batch whose references are numbered, what each number stands for.
     """
     columns = {
         "format": np.array(_FORMAT),

@@ -10,7 +10,7 @@ import pytest
 
 from maspo_ray.config import RolloutConfig
 from maspo_ray.errors import RunError
-from maspo_ray.evaluation.parity import ParityBounds, ParityProbe, difference, joined
+from maspo_ray.evaluation.parity import ParityBounds, ParityProbe, difference, join_parities
 from maspo_ray.experience import Completion, Parity, Prompt, SampledGroup, VersionSpan
 from maspo_ray.hosts.messages import Priority
 
@@ -21,15 +21,15 @@ def test_difference_is_over_the_tokens() -> None:
     assert difference(a, b) == Parity(0.5, 0.25, 3)
 
 
-def test_joined_weighs_by_tokens_and_keeps_the_largest() -> None:
+def test_join_parities_weighs_by_tokens_and_keeps_the_largest() -> None:
     # (0.1 · 1 + 0.4 · 3) / 4 = 0.325
-    assert joined([Parity(0.1, 0.1, 1), Parity(0.5, 0.4, 3)]) == Parity(0.5, pytest.approx(0.325), 4)
+    assert join_parities([Parity(0.1, 0.1, 1), Parity(0.5, 0.4, 3)]) == Parity(0.5, pytest.approx(0.325), 4)
 
 
-def test_joined_of_a_nan_is_nan_wherever_it_stands() -> None:
+def test_join_parities_of_a_nan_is_nan_wherever_it_stands() -> None:
     odd = Parity(math.nan, math.nan, 1)
     for parities in ([odd, Parity(0.1, 0.1, 1)], [Parity(0.1, 0.1, 1), odd]):
-        assert math.isnan(joined(parities).max) and math.isnan(joined(parities).mean)
+        assert math.isnan(join_parities(parities).max) and math.isnan(join_parities(parities).mean)
 
 
 def test_bound_in_float32_is_on_the_largest_and_names_the_engine() -> None:
@@ -69,10 +69,22 @@ def test_bound_in_bfloat16_of_a_wrong_engine_ends_the_run_at_once() -> None:
         ParityBounds("bfloat16", None).check(0, {0: Parity(0.3, 0.11, 8)})
 
 
-def test_bound_of_the_config_has_the_last_word() -> None:
-    ParityBounds("float32", 0.5).check(0, {0: Parity(0.4, 0.4, 8)})
-    with pytest.raises(RunError, match="may be at most 0.2"):
-        ParityBounds("bfloat16", 0.2).check(0, {0: Parity(0.4, 0.21, 8)})
+@pytest.mark.parametrize(
+    ("dtype", "bound", "within", "beyond", "distance"),
+    # Of the other statistic, and of outliers in bfloat16, nothing is said.
+    [
+        ("float32", None, Parity(1e-3, 1e-4, 300), Parity(1.1e-3, 1e-4, 300), "0.0011"),
+        ("bfloat16", None, Parity(0.8, 0.1, 300), Parity(0.8, 0.101, 300), "0.101"),
+        ("float32", 0.25, Parity(0.25, 0.2, 300), Parity(0.26, 0.2, 300), "0.26"),
+        ("bfloat16", 0.25, Parity(0.8, 0.25, 300), Parity(0.8, 0.26, 300), "0.26"),
+    ],
+)
+def test_bound_follows_the_dtype_unless_the_config_sets_it(
+    dtype: Any, bound: float | None, within: Parity, beyond: Parity, distance: str
+) -> None:
+    ParityBounds(dtype, bound).check(7, {0: within})
+    with pytest.raises(RunError, match=rf"^parity is {distance} between the learner and rollout/3 at version 7; the "):
+        ParityBounds(dtype, bound).check(7, {3: beyond})
 
 
 def test_probe_lets_each_engine_sample_each_prompt_and_compares_it_by_itself() -> None:

@@ -10,7 +10,7 @@ from rollout_house import MOMENT_S, PROMPT, Clock, House, moment_passes, run, se
 
 from maspo_ray.experience import Completion, VersionSpan
 from maspo_ray.hosts.messages import Beat, Ended, Expired, Priority
-from maspo_ray.hosts.rollout_host import Answer, dated
+from maspo_ray.hosts.rollout_host import Answer, date_first_span
 
 # What comes out.
 
@@ -180,7 +180,9 @@ def test_spans_begin_at_the_version_that_a_completion_began_with(
     began_with: int, stamps: list[tuple[int, int, int]], expected: list[tuple[int, int, int]]
 ) -> None:
     ids, logprobs = np.arange(5, dtype=np.int32), np.zeros(5, np.float32)
-    completion = dated(Completion(ids, logprobs, tuple(VersionSpan(*s) for s in stamps), "length", "x"), began_with)
+    completion = date_first_span(
+        Completion(ids, logprobs, tuple(VersionSpan(*s) for s in stamps), "length", "x"), began_with
+    )
     assert completion.spans == tuple(VersionSpan(*span) for span in expected)
     assert (completion.token_ids is ids, completion.logprobs is logprobs) == (True, True)
     assert (completion.finish_reason, completion.text) == ("length", "x")

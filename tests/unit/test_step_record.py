@@ -24,7 +24,7 @@ from maspo_ray.experience import (
     VersionSpan,
 )
 from maspo_ray.packing import Bundle, Item, RankPlan, pack
-from maspo_ray.run_dir.step_record import numbered, read_step, write_step
+from maspo_ray.run_dir.step_record import number_references, read_step, write_step
 
 
 def _batch(seed: int, num_groups: int, size: int, kl: bool) -> tuple[list[Experience], dict[Any, Any]]:
@@ -107,7 +107,7 @@ def test_record_read_back_gives_every_rank_the_same_plans_and_contents(
     batch, values = _batch(seed, ranks * updates, size, kl)
     shares = pack(batch, ranks, max_tokens, share, updates)
     path = tmp_path / "steps" / "step_000007.npz"
-    own, own_shares, references = numbered(batch, shares)
+    own, own_shares, references = number_references(batch, shares)
     # A rank is sent what it trains on; the record holds every group of the batch, and all that is referred to.
     assert set(references) == values.keys()
     write_step(path, 7, 6, own, own_shares, {i: values[reference] for i, reference in enumerate(references)})
