@@ -25,6 +25,7 @@ Ray's client is in none of this (`bench.scale_out` measures it), nor is the reco
 actor of Ray's.
 """
 
+import argparse
 import asyncio
 import gc
 import json
@@ -157,6 +158,7 @@ def spread(values: list[float]) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     # Simulated failures are logged as real ones are; here they are none.
     logging.disable(logging.WARNING)
     gross: dict[int, list[float]] = {size: [] for size in SIZES}

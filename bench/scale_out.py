@@ -6,8 +6,8 @@ client_ms_per_group        CPU of the controller's process, all its threads, for
 through_controller_ms      the same where each completion comes to the controller by itself, as facts beside a reference, and is scored
                            by a call of the controller's: what a host that scores beside its engine saves
 
-Real are Ray, `RolloutHost`, `Scorer`, `RewardHost`, `RolloutPool` and the objects' sizes (2,048 tokens a completion); only the engine is not:
-its completions end after random times, far enough from each other that few travel together. Both ways run in turn, over the same
+Real are Ray, `RolloutHost`, `Scorer`, `RewardHost`, `RolloutPool` and the objects' sizes (2,048 tokens a completion); only the engine is
+not: its completions end after random times, far enough from each other that few travel together. Both ways run in turn, over the same
 actors' processes, several times; the least and the most stand beside the median. What is not in it: the rest of the controller
 (`bench.control_plane`), and a cluster's network.
 """

@@ -2,7 +2,8 @@
 
 Promise: engines, reward actors and learner ranks answer as real ones do, after log-normal times; a day of theirs passes in seconds,
 because the loop's clock jumps to the next timer when nothing is ready. The rollout hosts are the real ones: only the engines in them are
-simulated. What they did is kept in `SimulatedFleet`, so that the controller's books can be held against it. Owns no tokens and no measurement.
+simulated. What they did is kept in `SimulatedFleet`, so that the controller's books can be held against it. Owns no tokens and no
+measurement.
 """
 
 import asyncio
