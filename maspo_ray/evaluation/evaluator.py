@@ -14,9 +14,9 @@ from maspo_ray.hosts.messages import Priority
 from maspo_ray.rollouts.pool import RolloutPool, Sampled
 
 _SEED_STRIDE = 1_000_003
+"""Evaluations of runs whose seeds differ share no sampling seed, unless one has more completions than this."""
 _PROMPTS_AT_ONCE = 2048
 """Prompts that are with the engines at once: an actor holds so many calls at most, and a weight update must find room among them."""
-"""Evaluations of runs whose seeds differ share no sampling seed, unless one has more completions than this."""
 
 
 @dataclass(frozen=True, slots=True)
