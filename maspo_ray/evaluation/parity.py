@@ -11,7 +11,7 @@ two right sides. For the same reason the bound in bfloat16 is on the mean over t
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from maspo_ray.config import Dtype, RolloutConfig
 from maspo_ray.errors import RunError
 from maspo_ray.experience import Completion, Parity, Prompt, SampledGroup, Sampling
+from maspo_ray.fleet.calls import await_named
 from maspo_ray.hosts.messages import Priority
 from maspo_ray.rollouts.pool import RolloutPool
 
@@ -29,8 +30,9 @@ _PROBE_TOKENS = 64
 _FEWEST_TOKENS = 256
 """A mean over fewer tokens says little: they are kept, and those of the next batches added to them."""
 _FLOAT32_MAX, _BFLOAT16_MEAN = 1e-3, 0.1
-_OVER_FIRST = 3.0
-"""In bfloat16 the mean may be so many times the run's first: 0.1 alone would hide an update that never arrived."""
+_OVER_FIRST, _BFLOAT16_ROUNDING = 3.0, 2**-7
+"""In bfloat16 the mean may be so many times the run's first: 0.1 alone would hide an update that never arrived. It may always be what
+rounding moves a log-prob between 1 and 2 by: the first can be 0, where a policy is sure of nearly every token."""
 
 
 class ParityBounds:
@@ -64,7 +66,7 @@ class ParityBounds:
             elif self._first is None:
                 self._first = gathered.mean
             else:
-                self._judge(version, replica, gathered.mean, _OVER_FIRST * self._first)
+                self._judge(version, replica, gathered.mean, max(_OVER_FIRST * self._first, _BFLOAT16_ROUNDING))
 
     def _judge(self, version: int, replica: int, distance: float, default: float) -> None:
         bound = default if self._bound is None else self._bound
@@ -113,7 +115,10 @@ class ParityProbe:
     async def compare(self, replicas: Iterable[int]) -> dict[int, Parity]:
         """Returns how far the learner is from each of the engines, which hold its weights."""
         asked = [(replica, prompt) for replica in replicas for prompt in self._prompts]
-        sampled = await asyncio.gather(*(self._complete(replica, prompt) for replica, prompt in asked))
+        # Where one fails, the others end with it.
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(self._complete(replica, prompt)) for replica, prompt in asked]
+        sampled = [task.result() for task in tasks]
         pairs = [
             (prompt.token_ids, completion.token_ids) for (_, prompt), completion in zip(asked, sampled, strict=True)
         ]
@@ -127,8 +132,7 @@ class ParityProbe:
         """Returns a completion that an engine samples."""
         sampled = await self._pool.sample(prompt, self._sampling, [0], Priority.PROBE, scored=False, replica=replica)
         assert sampled is not None, "a probe was ended for its age"
-        payload: Any = sampled.payload
-        group: SampledGroup = await payload
+        group: SampledGroup = await await_named(f"rollout/{replica}", "handing on a completion", sampled.payload)
         return group.completions[0]
 
 

@@ -226,9 +226,17 @@ def date_first_span(completion: Completion, began_with: int) -> Completion:
 
     If an update lands before prefill, cached prompt blocks may still come from the older weights, which the engine's stamp of the first
     token does not say.
+
+    Raises:
+        ValueError: the engine stamps weights that it no longer had; such groups would go stale without end.
     """
     first, *rest = completion.spans
-    if began_with >= first.version:
+    if (oldest := min(span.version for span in completion.spans)) < began_with:
+        raise ValueError(
+            f"the engine stamped a token with version {oldest}; its completion began with version {began_with}. Mend the engine: "
+            "finish_weight_update gives the version of what is sampled from there on."
+        )
+    if began_with == first.version:
         return completion
     spans = (VersionSpan(began_with, first.start, first.end), *rest)
     return Completion(completion.token_ids, completion.logprobs, spans, completion.finish_reason, completion.text)

@@ -22,7 +22,7 @@ from maspo_ray.pipeline.record_queue import RecordQueue
 from maspo_ray.pipeline.update_watch import UpdateWatch
 from maspo_ray.pipeline.wait_watch import watch_waits
 from maspo_ray.rollouts.pool import RolloutPool
-from maspo_ray.rollouts.publishing import WeightUpdates
+from maspo_ray.rollouts.publishing import WeightUpdates, must_show
 from maspo_ray.rollouts.references import ReferencePool
 from maspo_ray.run_dir.checkpoint import STATE, begin_checkpoint, end_checkpoint
 from maspo_ray.run_dir.journal import Journal
@@ -169,7 +169,7 @@ class Pipeline:
             # The evaluation before training is to be of version 0 alone.
             await self._evaluations.finish()
         with self._journal.waiting(f"version {step} to reach the engines"):
-            published = await self._weights.publish(step, any(report.applied for report in reports))
+            published = await self._weights.publish(step, must_show(reports, self._config.model.dtype))
         self._evaluations.begin(step, tasks)
         if self._config.pipeline.max_staleness == 0:
             await self._evaluations.finish()

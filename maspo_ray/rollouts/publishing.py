@@ -5,15 +5,34 @@ before where the learner's weights have changed, and is the same on all replicas
 itself, while the others generate.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from maspo_ray.config import Dtype
 from maspo_ray.errors import RunError
-from maspo_ray.experience import PublishReport
+from maspo_ray.experience import PublishReport, UpdateReport
 from maspo_ray.fleet.calls import await_all, await_named
 from maspo_ray.hosts.engine_table import EngineTable, ReplicaState
 from maspo_ray.rollouts.pool import Handles
 from maspo_ray.run_dir.timeline import Timeline
+
+_LEAST_CHANGE: Mapping[Dtype, float] = {"float32": 2**-33, "bfloat16": 2**-18}
+"""‖Δw‖ / ‖w‖ of an update that moves about one weight in a thousand to its neighbour in the dtype, which are 2^-23 and 2^-8 apart: of the
+100,000 values and more that the checksums of a model look at, some are among them."""
+
+
+def must_show(reports: Sequence[UpdateReport], dtype: Dtype) -> bool:
+    """Returns whether a batch's updates must change the engines' checksums.
+
+    An update that was applied need not: its gradient can be 0, and what a schedule's last steps change can be lost in rounding.
+
+    Args:
+        dtype: of the weights that are sent.
+    """
+    # A learner that does not say how far its weights moved says by `applied` that they have.
+    sizes = [report.metrics.get("learner/update_to_weight", math.inf) for report in reports if report.applied]
+    return any(size > _LEAST_CHANGE[dtype] for size in sizes)
 
 
 class Sends(Protocol):
@@ -32,7 +51,7 @@ class WeightChecksums:
         """Takes up the replicas' checksums after an update, in their order; None where an engine has none.
 
         Args:
-            changed: whether the learner's weights are others than at the version before.
+            changed: whether the learner's weights differ from the version before by so much that it must show.
 
         Raises:
             RunError: an engine's weights did not change with the learner's, or differ from another's.
@@ -44,7 +63,7 @@ class WeightChecksums:
         if stale:
             raise RunError(
                 f"{_names(stale)} did not take up version {version}: the weights are those of the version before, though the learner's "
-                "have changed. See its log; if learner.lr is so small that no weight changes in model.dtype, raise it."
+                "have changed. See its log."
             )
         first, *others = known.items()
         odd = [replica for replica, checksum in others if checksum != first[1]]
@@ -89,7 +108,7 @@ class WeightUpdates:
         """Sends the learner's weights as a version; returns what it took, by its names in metrics.jsonl.
 
         Args:
-            changed: whether they are others than at the version before.
+            changed: whether they differ from the version before by so much that it must show (`must_show`).
 
         Raises:
             RunError: an engine did not take them up; it is named.

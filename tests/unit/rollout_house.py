@@ -21,12 +21,13 @@ T = TypeVar("T")
 class Asked:
     """A completion that an engine was asked for; the test ends it."""
 
-    def __init__(self, seed: int | None, sampling: Sampling, cache_key: str) -> None:
-        self.seed, self.sampling, self.cache_key = seed, sampling, cache_key
+    def __init__(self, seed: int | None, sampling: Sampling, cache_key: str, version: int) -> None:
+        self.seed, self.sampling, self.cache_key, self.version = seed, sampling, cache_key, version
         self.completion: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
 
-    def end(self, tokens: int = 1, version: int = 0) -> None:
-        """Ends it with so many tokens, all its seed, as sampled by the weights of a version."""
+    def end(self, tokens: int = 1, version: int | None = None) -> None:
+        """Ends it with so many tokens, all its seed, as sampled by the weights of a version, by default of the one it began with."""
+        version = self.version if version is None else version
         ids = np.full(tokens, self.seed or 0, np.int32)
         logprobs = np.full(tokens, -1.0, np.float32)
         self.completion.set_result(Completion(ids, logprobs, (VersionSpan(version, 0, tokens),), "stop", ""))
@@ -45,6 +46,7 @@ class Engine:
         self.asked: list[Asked] = []
         self.weights: list[str] = []
         self.linger_s = 0.0
+        self._version = 0
 
     async def setup(self) -> None:
         pass
@@ -53,7 +55,7 @@ class Engine:
         self, token_ids: NDArray[np.int32], *, sampling: Sampling, seed: int | None, cache_key: str
     ) -> Completion:
         assert token_ids.tolist() == [3, 4]
-        asked = Asked(seed, sampling, cache_key)
+        asked = Asked(seed, sampling, cache_key, self._version)
         self.asked.append(asked)
         try:
             return await asked.completion
@@ -74,6 +76,7 @@ class Engine:
 
     async def finish_weight_update(self, weight_version: int) -> None:
         self.weights.append(f"finish {weight_version}")
+        self._version = weight_version
 
 
 class Reward:

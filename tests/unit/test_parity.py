@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ray.exceptions import ObjectLostError
 
 from maspo_ray.config import RolloutConfig
-from maspo_ray.errors import RunError
+from maspo_ray.errors import ActorGone, RunError
 from maspo_ray.evaluation.parity import ParityBounds, ParityProbe, difference, join_parities
 from maspo_ray.experience import Completion, Parity, Prompt, SampledGroup, VersionSpan
 from maspo_ray.hosts.messages import Priority
@@ -51,6 +52,14 @@ def test_bound_in_bfloat16_is_three_times_what_it_was_at_the_start() -> None:
     bounds.check(1, {0: Parity(0.3, 0.029, 256)})
     with pytest.raises(RunError, match=r"may be at most 0.03\."):
         bounds.check(2, {0: Parity(0.3, 0.031, 256)})
+
+
+def test_bound_in_bfloat16_that_begins_at_zero_allows_for_rounding() -> None:
+    bounds = ParityBounds("bfloat16", None)
+    bounds.check(0, {0: Parity(0.0, 0.0, 256)})
+    bounds.check(1, {0: Parity(0.1, 0.0078, 256)})
+    with pytest.raises(RunError, match=r"may be at most 0.00781\."):
+        bounds.check(2, {0: Parity(0.1, 0.0079, 256)})
 
 
 def test_bound_in_bfloat16_waits_for_tokens_enough_to_say_something_of_a_mean() -> None:
@@ -115,3 +124,38 @@ def test_probe_lets_each_engine_sample_each_prompt_and_compares_it_by_itself() -
     assert sorted(asked) == [(0, 2, 64), (0, 3, 64), (2, 2, 64), (2, 3, 64)]
     assert found[0] == Parity(0.0, 0.0, 6)
     assert (found[2].tokens, found[2].max) == (6, pytest.approx(0.2, abs=1e-6))
+
+
+def test_probe_of_which_a_part_fails_leaves_nothing_running() -> None:
+    class _Pool:
+        async def sample(self, *_: Any, replica: int, **__: Any) -> Any:
+            if replica == 1:
+                raise RunError("rollout/1 was lost")
+            await asyncio.Event().wait()
+
+    async def test() -> int:
+        pool: Any = _Pool()
+        learner: Any = None
+        prompts = [Prompt("p/0", "", np.arange(2, dtype=np.int32), None)]
+        with pytest.RaisesGroup(pytest.RaisesExc(RunError, match="^rollout/1 was lost$")):
+            await ParityProbe(pool, learner, prompts, RolloutConfig()).compare([0, 1])
+        return len(asyncio.all_tasks()) - 1
+
+    assert asyncio.run(test()) == 0
+
+
+def test_probe_whose_completion_is_lost_names_the_engine() -> None:
+    class _Pool:
+        async def sample(self, *_: Any, **__: Any) -> Any:
+            async def payload() -> SampledGroup:
+                raise ObjectLostError("0" * 56, "", "")
+
+            return SimpleNamespace(payload=payload())
+
+    pool: Any = _Pool()
+    learner: Any = None
+    prompts = [Prompt("p/0", "", np.arange(2, dtype=np.int32), None)]
+    with pytest.RaisesGroup(
+        pytest.RaisesExc(ActorGone, match="^rollout/3 lost an object while handing on a completion: ")
+    ):
+        asyncio.run(ParityProbe(pool, learner, prompts, RolloutConfig()).compare([3]))

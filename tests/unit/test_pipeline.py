@@ -6,7 +6,7 @@ import re
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from bench.simulated import Behaviour, SimulatedFleet, VirtualLoop, simulated_co
 from maspo_ray.controller import _first_cause
 from maspo_ray.errors import ActorLate, RunError
 from maspo_ray.evaluation.evaluator import EvalResult
-from maspo_ray.experience import Prompt
+from maspo_ray.experience import Prompt, UpdateReport
 
 PROMPTS = [Prompt(f"p/{i}", "", np.arange(5, dtype=np.int32), "") for i in range(7)]
 
@@ -327,6 +327,21 @@ def test_pipeline_whose_engine_misses_an_update_ends_with_its_name(tmp_path: Pat
     with pytest.raises(ExceptionGroup) as caught:
         _run(tmp_path, Behaviour(), steps=3, groups_per_step=8, max_staleness=1, break_it=miss)
     assert str(_first_cause(caught.value)).startswith("rollout/2 did not take up version 1: ")
+
+
+def test_pipeline_whose_gradient_is_zero_goes_on(tmp_path: Path) -> None:
+    def zero(fleet: SimulatedFleet) -> None:
+        train = fleet.learner.train
+
+        async def train_for_nothing(version: int, shares: Sequence[Any]) -> list[UpdateReport]:
+            reports = await train(version, shares)
+            fleet.changed_at.clear()
+            return [replace(r, metrics=r.metrics | {"learner/update_to_weight": 0.0}) for r in reports]
+
+        fleet.learner.train = train_for_nothing  # type: ignore[method-assign]
+
+    seen = _run(tmp_path, Behaviour(), steps=2, groups_per_step=4, break_it=zero)
+    assert seen.counts["trained"] == 8
 
 
 def test_pipeline_trains_on_what_the_late_policy_lets_in(tmp_path: Path) -> None:

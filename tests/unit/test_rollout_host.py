@@ -188,6 +188,20 @@ def test_spans_begin_at_the_version_that_a_completion_began_with(
     assert (completion.finish_reason, completion.text) == ("length", "x")
 
 
+def test_engine_that_stamps_weights_that_it_no_longer_has_is_refused() -> None:
+    async def test(house: House) -> None:
+        await house.update(1)
+        answer = house.ask(5)
+        await settle()
+        house.engine.of(5).end(version=0)
+        with pytest.raises(
+            ValueError, match=r"^the engine stamped a token with version 0; its completion began with version 1\."
+        ):
+            await answer
+
+    run(test)
+
+
 # How it fares.
 
 

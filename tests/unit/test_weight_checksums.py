@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from maspo_ray.config import Dtype
 from maspo_ray.errors import RunError
-from maspo_ray.rollouts.publishing import WeightChecksums
+from maspo_ray.experience import UpdateReport
+from maspo_ray.rollouts.publishing import WeightChecksums, must_show
 from maspo_ray.weight_sync.checksum import weight_checksum
 
 
@@ -57,3 +59,25 @@ def test_check_of_engines_that_cannot_say_is_none() -> None:
     checksums = WeightChecksums()
     for version in range(3):
         checksums.check(version, [None, None], changed=True)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "shows"),
+    [
+        ([4e-5], "bfloat16", True),
+        # The last of 1,000 steps of a cosine: 2.5e-6 of the learning rate, and one weight in 4e7 changes.
+        ([1e-10], "bfloat16", False),
+        ([1e-9], "float32", True),
+        ([0.0], "float32", False),
+        ([0.0, 4e-5], "bfloat16", True),
+    ],
+)
+def test_updates_must_show_where_they_move_enough_weights(sizes: list[float], dtype: Dtype, shows: bool) -> None:
+    reports = [UpdateReport({"learner/update_to_weight": size}, True, ()) for size in sizes]
+    assert must_show(reports, dtype) == shows
+
+
+def test_update_that_was_left_out_need_not_show_and_one_of_unknown_size_must() -> None:
+    left_out, unknown = UpdateReport({"learner/update_to_weight": float("nan")}, False, ()), UpdateReport({}, True, ())
+    assert not must_show([left_out], "float32")
+    assert must_show([left_out, unknown], "float32")
