@@ -189,6 +189,7 @@ class DeepSpeedLearner:
 
         from actors.micro_batch import gather_micro_batch
         from maspo_ray.objectives import importance_weights, policy_loss
+        from maspo_ray.objectives.breakdown import ScoredTokens
         from maspo_ray.objectives.tensor_ops import kl_estimate, masked_sum
 
         batch = gather_micro_batch(bundles, payloads, self._version, self._device)
@@ -204,9 +205,10 @@ class DeepSpeedLearner:
             weights = importance_weights(old, batch.behaviour_logprobs, self._objective.importance_cap)
             token_loss = token_loss * weights
             sums.add("importance_weight", weights, batch.mask)
-        sums.add_objective(
-            policy, logprobs, old, batch.behaviour_logprobs, entropy, batch.advantages, batch.lags, batch.mask
+        tokens = ScoredTokens(
+            logprobs, old, batch.behaviour_logprobs, entropy, batch.advantages, batch.lags, batch.mask
         )
+        sums.add_objective(policy, tokens)
         sums.add("policy_loss", token_loss, batch.mask)
         if self._kl.coef > 0:
             assert batch.reference_logprobs is not None, "the KL's reference log-probs are missing"

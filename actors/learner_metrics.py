@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from maspo_ray.objectives.base import PolicyLoss
-from maspo_ray.objectives.breakdown import Breakdown
+from maspo_ray.objectives.breakdown import Breakdown, ScoredTokens
 from maspo_ray.objectives.metrics import objective_sums
 from maspo_ray.objectives.tensor_ops import masked_sum
 from maspo_ray.packing import RankPlan
@@ -46,21 +46,11 @@ class UpdateSums:
         """Adds a micro-batch's values, [tokens], where the mask holds."""
         self._sums[name] = self._sums.get(name, self._zero) + masked_sum(values.detach(), mask)
 
-    def add_objective(
-        self,
-        policy: PolicyLoss,
-        logprobs: Tensor,
-        old_logprobs: Tensor,
-        behaviour_logprobs: Tensor,
-        entropy: Tensor,
-        advantages: Tensor,
-        lags: Tensor,
-        mask: Tensor,
-    ) -> None:
-        """Adds what the objective did to a micro-batch; each argument is [tokens]."""
-        self.breakdown.add(policy, logprobs, old_logprobs, behaviour_logprobs, entropy, advantages, lags, mask)
-        self.add("entropy", entropy, mask)
-        sums = objective_sums(policy, advantages, mask)
+    def add_objective(self, policy: PolicyLoss, tokens: ScoredTokens) -> None:
+        """Adds what the objective did to a micro-batch."""
+        self.breakdown.add(policy, tokens)
+        self.add("entropy", tokens.entropy, tokens.mask)
+        sums = objective_sums(policy, tokens.advantages, tokens.mask)
         self._ratio_max = torch.maximum(self._ratio_max, sums["ratio_max"])
         for name in filter(_SHARES.__contains__, sums):
             self._sums[name] = self._sums.get(name, self._zero) + sums[name]

@@ -86,10 +86,7 @@ class _Session:
     async def _work(self) -> None:
         config, journal = self._config, self._journal
         journal.note("starting the actors")
-        with journal.timeline.span("learner", "set-up"):
-            (train_prompts, eval_prompts), _ = await asyncio.gather(
-                asyncio.to_thread(self._prompts), self._fleet.setup(journal.note)
-            )
+        train_prompts, eval_prompts = await self._set_up()
         pool = RolloutPool(
             self._fleet,
             EngineTable(self._fleet.count("rollout")),
@@ -102,6 +99,24 @@ class _Session:
         prompts = PromptStream(train_prompts, sampler, shuffle=config.data.shuffle, seed=config.seed)
         evaluator = Evaluator(pool, eval_prompts, config.eval, config.rollout, config.seed) if eval_prompts else None
         await Pipeline(config, self._fleet, pool, prompts, self._intake, evaluator, journal).run()
+
+    async def _set_up(self) -> tuple[list[Prompt], list[Prompt]]:
+        """Returns the prompts of training and of evaluations, once all actors are up."""
+        journal = self._journal
+
+        async def say_long_waits() -> None:
+            while True:
+                await asyncio.sleep(1.0)
+                journal.say_long_waits()
+
+        with journal.timeline.span("learner", "set-up"):
+            saying = asyncio.create_task(say_long_waits())
+            try:
+                with journal.waiting("the actors and the data; each actor is named as it comes up"):
+                    prompts, _ = await asyncio.gather(asyncio.to_thread(self._prompts), self._fleet.setup(journal.note))
+            finally:
+                saying.cancel()
+        return prompts
 
     def _prompts(self) -> tuple[list[Prompt], list[Prompt]]:
         # Imported here: transformers takes seconds, during which the actors start.

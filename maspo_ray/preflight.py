@@ -24,7 +24,7 @@ start."""
 _TOKEN_BYTES = 16
 """What a token of a completion takes in the object store, at most about: its id, log-prob, reference log-prob and text."""
 
-_WRITTEN = ("ledger.jsonl", "eval.jsonl", "timeline.json", "summary.json")
+_WRITTEN = ("ledger.jsonl", "eval.jsonl", "notes.jsonl", "timeline.json", "summary.json")
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 

@@ -43,6 +43,11 @@ class failures_named:  # noqa: N801, a context manager
             raise named from (error if isinstance(error, RayTaskError) else None)
 
 
+def late_error(actor: str, message: str) -> ActorLate:
+    """Returns the failure of an actor that gave no answer by its deadline, with where its log is."""
+    return ActorLate.of(actor, message).with_log(ACTOR_LOGS.sentence([actor]))
+
+
 async def await_named(actor: str, doing: str, call: Awaitable[Any]) -> Any:
     """Returns what a remote call returns; see `failures_named`."""
     with failures_named(actor, doing):

@@ -5,6 +5,7 @@ gradient and stay on the device until `metrics` turns them into named means.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -35,6 +36,29 @@ _BIN_WIDTH, _HALF_BINS = 0.01, 200
 QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
 
 
+@dataclass(frozen=True, slots=True)
+class ScoredTokens:
+    """Tokens of a micro-batch under the policies that have scored them; each field is [tokens].
+
+    Attributes:
+        logprobs: log π_θ.
+        old_logprobs: log π_old.
+        behaviour_logprobs: log μ of the behaviour policy, which sampled the tokens; log π_old is another where it is recomputed.
+        entropy: of the current policy's distribution at the token.
+        lags: int64, staleness in weight versions: the version being updated minus the oldest that the token's completion was
+            sampled by.
+        mask: bool, True for the tokens to count.
+    """
+
+    logprobs: Tensor
+    old_logprobs: Tensor
+    behaviour_logprobs: Tensor
+    entropy: Tensor
+    advantages: Tensor
+    lags: Tensor
+    mask: Tensor
+
+
 class Breakdown:
     """One rank's sums over the tokens of one update or of several.
 
@@ -48,35 +72,17 @@ class Breakdown:
         self.histogram = torch.zeros(_MAX_LAG + 1, 2 * _HALF_BINS, dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def add(
-        self,
-        loss: PolicyLoss,
-        logprobs: Tensor,
-        old_logprobs: Tensor,
-        behaviour_logprobs: Tensor,
-        entropy: Tensor,
-        advantages: Tensor,
-        lags: Tensor,
-        mask: Tensor,
-    ) -> None:
-        """Adds a micro-batch's tokens; every argument is [tokens].
-
-        Args:
-            logprobs: log π_θ.
-            behaviour_logprobs: log μ of the behaviour policy, which sampled the tokens; log π_old is another where it is recomputed.
-            entropy: of the current policy's distribution at the token.
-            lags: int64, staleness in weight versions: the version being updated minus the oldest that the token's completion was
-                sampled by.
-            mask: bool, True for the tokens to count.
-        """
+    def add(self, loss: PolicyLoss, tokens: "ScoredTokens") -> None:
+        """Adds a micro-batch's tokens, and what the objective made of them."""
+        advantages, mask = tokens.advantages, tokens.mask
         gate, ratio = loss.gate, loss.ratio
         counts = mask.double()
         clipped = ~within_clip(ratio, advantages, REFERENCE_CLIP, REFERENCE_CLIP)
-        rows = [counts, gate, gate < 0.9, gate < 0.5, gate < 0.1, clipped, entropy, ratio, ratio.square()]
-        rows.append(_behaviour_kl(logprobs, behaviour_logprobs))
+        rows = [counts, gate, gate < 0.9, gate < 0.5, gate < 0.1, clipped, tokens.entropy, ratio, ratio.square()]
+        rows.append(_behaviour_kl(tokens.logprobs, tokens.behaviour_logprobs))
         statistics = torch.stack([torch.where(mask, row, 0).double() for row in rows], dim=1)
-        probability = (old_logprobs.exp() * 10).long().clamp(0, 9) + _PROBABILITIES
-        lag = lags.clamp(0, _MAX_LAG)
+        probability = (tokens.old_logprobs.exp() * 10).long().clamp(0, 9) + _PROBABILITIES
+        lag = tokens.lags.clamp(0, _MAX_LAG)
         # A token whose advantage is 0 has no gradient, whatever its gate, and counts neither as positive nor as negative.
         signed = statistics * (advantages != 0).unsqueeze(1)
         for label, values in (((advantages > 0).long(), signed), (probability, statistics), (lag + _LAGS, statistics)):

@@ -110,7 +110,8 @@ class Pipeline:
         with self._timeline.span("learner", "wait", step=step), self._journal.waiting(self._what_comes(step)):
             batch = await self._next_batch()
         waited_s = self._timeline.now() - started
-        object_store_bytes = await self._fleet.object_store_used_bytes()
+        with self._journal.waiting("Ray to say how full its object store is"):
+            object_store_bytes = await self._fleet.object_store_used_bytes()
         metrics = self._producer.take_metrics()
         for lag in self._intake.lags(batch):
             metrics.add("staleness/mean", lag)

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from maspo_ray.errors import ActorLate, RunError
+from maspo_ray.errors import ActorGone, RunError
 from maspo_ray.experience import Prompt, Rollout, Sampling
-from maspo_ray.fleet.calls import await_all, await_named, failures_named
-from maspo_ray.hosts.engine_table import EngineTable
+from maspo_ray.fleet.calls import await_all, await_named, failures_named, late_error
+from maspo_ray.hosts.engine_table import EngineTable, ReplicaState
 from maspo_ray.hosts.messages import Beat, Ended, Expired, Priority, SampleRequest
 from maspo_ray.rollouts.error_watch import ErrorWatch, Purpose
 from maspo_ray.run_dir.timeline import Timeline
@@ -145,6 +145,10 @@ class RolloutPool:
                 # The payload stays where it is; the engine's own word of it is looked at.
                 payload, answer = self._actors.handle("rollout", replica).sample.options(num_returns=2).remote(request)
                 said: Ended | Expired = await answer
+        except ActorGone:
+            # What it has taken stays with it; nobody is sent to it any more.
+            self.table.set_state([replica], ReplicaState.AWAY)
+            raise
         finally:
             del self._requests[request_id]
             self.table.give_back(replica, cost * open_request.unfinished, self._now())
@@ -229,11 +233,11 @@ class RolloutPool:
             await self._hear(silent, None)
         for replica, silent_s in self.table.silences(self._now()).items():
             if silent_s > self._timeout_s:
-                raise ActorLate(
+                self.table.set_state([replica], ReplicaState.AWAY)
+                raise late_error(
+                    f"rollout/{replica}",
                     f"rollout/{replica} has ended no completion for {silent_s:.0f} s, though it has some under way; "
-                    f"rollout.timeout_s is {self._timeout_s:g}. See its log, or raise that.",
-                    "rollout",
-                    replica,
+                    f"rollout.timeout_s is {self._timeout_s:g}. Raise that if it is too short.",
                 )
 
     @staticmethod

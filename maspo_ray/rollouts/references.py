@@ -7,9 +7,9 @@ longer than `reference.timeout_s` ends the run, by name.
 import asyncio
 from typing import Any
 
-from maspo_ray.errors import ActorLate, RunError
+from maspo_ray.errors import RunError
 from maspo_ray.experience import Group
-from maspo_ray.fleet.calls import failures_named
+from maspo_ray.fleet.calls import failures_named, late_error
 from maspo_ray.hosts.engine_table import EngineTable
 from maspo_ray.rollouts.pool import Handles
 from maspo_ray.run_dir.timeline import Timeline
@@ -55,11 +55,10 @@ class ReferencePool:
         silences = self._table.silences(self._now()) if self._table is not None else {}
         for replica, silent_s in silences.items():
             if silent_s > self._timeout_s:
-                raise ActorLate(
+                raise late_error(
+                    f"reference/{replica}",
                     f"reference/{replica} has scored nothing for {silent_s:.0f} s, though it has groups to score; reference.timeout_s is "
-                    f"{self._timeout_s:g}. See its log, or raise that.",
-                    "reference",
-                    replica,
+                    f"{self._timeout_s:g}. Raise that if it is too short.",
                 )
 
     @staticmethod

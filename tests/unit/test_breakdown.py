@@ -7,7 +7,7 @@ import torch
 
 from maspo_ray.config import GrpoConfig
 from maspo_ray.objectives import PolicyLoss, policy_loss
-from maspo_ray.objectives.breakdown import Breakdown
+from maspo_ray.objectives.breakdown import Breakdown, ScoredTokens
 
 CPU = torch.device("cpu")
 RATIO = torch.tensor([1.5, 1.0, 0.5, 1.1, 3.0], dtype=torch.float64)
@@ -26,7 +26,9 @@ def _loss() -> PolicyLoss:
 
 
 def _add(breakdown: Breakdown, loss: PolicyLoss, cut: slice = slice(None)) -> None:
-    breakdown.add(loss, LOGPROBS[cut], OLD[cut], BEHAVIOUR[cut], ENTROPY[cut], ADVANTAGES[cut], LAGS[cut], MASK[cut])
+    breakdown.add(
+        loss, ScoredTokens(LOGPROBS[cut], OLD[cut], BEHAVIOUR[cut], ENTROPY[cut], ADVANTAGES[cut], LAGS[cut], MASK[cut])
+    )
 
 
 def test_breakdown_hand_worked_tokens() -> None:
@@ -73,7 +75,9 @@ def test_breakdown_behaviour_kl_of_every_token_by_its_probability_is_the_exact_o
     policy = torch.tensor([0.25, 0.25, 0.625, 0.125], dtype=torch.float64)
     breakdown, loss = Breakdown(CPU), policy_loss(policy.log(), behaviour.log(), torch.ones(4), GrpoConfig())
     zeros, mask = torch.zeros(4), torch.ones(4, dtype=torch.bool)
-    breakdown.add(loss, policy.log(), behaviour.log(), behaviour.log(), zeros, torch.ones(4), zeros.long(), mask)
+    breakdown.add(
+        loss, ScoredTokens(policy.log(), behaviour.log(), behaviour.log(), zeros, torch.ones(4), zeros.long(), mask)
+    )
     exact = 0.5 * math.log(0.5 / 0.25) + 0.25 * math.log(0.25 / 0.625) + 0.25 * math.log(0.25 / 0.125)
     assert breakdown.metrics()["objective/behaviour_kl"] == pytest.approx(exact)
 
@@ -111,7 +115,9 @@ def test_breakdown_extremes_are_finite() -> None:
     ones, mask = torch.ones(2), torch.ones(2, dtype=torch.bool)
     behaviour = torch.tensor([-1000.0, 0.0])
     policy = torch.tensor([0.0, -1000.0])
-    breakdown.add(loss, policy, old, behaviour, ones, torch.tensor([1.0, -1.0]), torch.tensor([99, -1]), mask)
+    breakdown.add(
+        loss, ScoredTokens(policy, old, behaviour, ones, torch.tensor([1.0, -1.0]), torch.tensor([99, -1]), mask)
+    )
     found = breakdown.metrics()
     assert all(math.isfinite(value) for name, value in found.items() if name.endswith(("lag_15", "lag_0", "positive")))
     # log r is bounded at ±20: e²⁰ − 1 − 20, and e⁻²⁰ − 1 + 20.

@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.simulated import Behaviour, SimulatedFleet, VirtualLoop, simulated_config, simulated_pipeline
+from maspo_ray.config import EvalConfig, RolloutConfig
 from maspo_ray.controller import _first_cause
 from maspo_ray.errors import ActorLate, RunError
-from maspo_ray.evaluation.evaluator import EvalResult
+from maspo_ray.evaluation.evaluator import EvalResult, Evaluator
 from maspo_ray.experience import Prompt, UpdateReport
 
 PROMPTS = [Prompt(f"p/{i}", "", np.arange(5, dtype=np.int32), "") for i in range(7)]
@@ -223,6 +224,17 @@ class _SlowEvaluator:
         return EvalResult(0.5, 1, 1, 0, before, fleet.hosts[0]._version)
 
 
+class _RealEvaluator:
+    """Evaluates as a run does."""
+
+    pool: Any = None
+
+    async def evaluate(self) -> EvalResult:
+        return await Evaluator(
+            self.pool, PROMPTS, EvalConfig(samples=3), RolloutConfig(max_new_tokens=64), 5
+        ).evaluate()
+
+
 def test_pipeline_trains_while_it_evaluates_but_for_the_first_and_the_last(tmp_path: Path) -> None:
     fleets: list[SimulatedFleet] = []
     seen = _run(
@@ -254,7 +266,7 @@ def test_pipeline_without_staleness_waits_for_each_evaluation(tmp_path: Path) ->
 def test_pipeline_counts_of_all_rows_add_up_to_the_ledger(tmp_path: Path) -> None:
     fleets: list[SimulatedFleet] = []
     behaviour = Behaviour(sigma=1.0, train_s=60.0, unscorable_share=0.05)
-    evaluator = _SlowEvaluator(fleets, 300.0)
+    evaluator = _RealEvaluator()
     seen = _run(
         tmp_path,
         behaviour,
