@@ -204,6 +204,7 @@ def objective_share(batch: Any, step: Callable[[], object], repeats: int) -> Rat
     from actors.learner_metrics import UpdateSums
     from maspo_ray.config import MaspoConfig
     from maspo_ray.objectives import policy_loss
+    from maspo_ray.objectives.breakdown import ScoredTokens
     from maspo_ray.objectives.tensor_ops import masked_sum
 
     tokens = sum(r.facts.num_tokens for e in batch.experiences for r in e.group.rollouts)
@@ -214,7 +215,7 @@ def objective_share(batch: Any, step: Callable[[], object], repeats: int) -> Rat
     def objective() -> None:
         policy = policy_loss(leaf, old, advantages, MaspoConfig())
         sums = UpdateSums(leaf.device)
-        sums.add_objective(policy, leaf, old, old, entropy, advantages, lags, mask)
+        sums.add_objective(policy, ScoredTokens(leaf, old, old, entropy, advantages, lags, mask))
         masked_sum(policy.token_loss, mask).backward()
 
     return ratio(objective, step, repeats)
