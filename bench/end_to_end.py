@@ -143,6 +143,8 @@ class Bench:
             # As the framework starts its own actors that share cores.
             "OMP_WAIT_POLICY": "PASSIVE",
             "KMP_BLOCKTIME": "0",
+            # Ray starts its workers at a nice value of 15: whatever else runs on the machine would slow our side alone.
+            "RAY_worker_niceness": "0",
             "HF_HUB_OFFLINE": "1",
         }
 
