@@ -34,7 +34,7 @@ import yaml
 
 from bench import trl_side
 from maspo_ray.experience import Completion, Prompt
-from maspo_ray.fleet.fleet import CPU_ALLOCATOR
+from maspo_ray.fleet.environment import CPU_ALLOCATOR, PASSIVE_WAITS
 
 GROUPS, MAX_NEW_TOKENS, PROMPT_TOKENS = 8, 24, 40
 MICRO_BATCHES = (16, 32, 64)
@@ -140,9 +140,7 @@ class Bench:
             **os.environ,
             **CPU_ALLOCATOR,
             "OMP_NUM_THREADS": str(options.threads),
-            # As the framework starts its own actors that share cores.
-            "OMP_WAIT_POLICY": "PASSIVE",
-            "KMP_BLOCKTIME": "0",
+            **PASSIVE_WAITS,
             # Ray starts its workers at a nice value of 15: whatever else runs on the machine would slow our side alone.
             "RAY_worker_niceness": "0",
             "HF_HUB_OFFLINE": "1",
