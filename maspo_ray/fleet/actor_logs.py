@@ -24,6 +24,11 @@ class ActorLogs:
         self._answers[actor] = answer = handle.__ray_call__.remote(_own_log).future()
         answer.add_done_callback(partial(self._take, actor))
 
+    def clear(self) -> None:
+        """Forgets all of them."""
+        self._answers.clear()
+        self._paths.clear()
+
     def sentence(self, actors: Sequence[str]) -> str:
         """Returns where to look for the actors' last words, "" where nobody was asked."""
         known = [self._paths[actor] for actor in actors if actor in self._paths]

@@ -185,3 +185,4 @@ class Fleet:
         for handles in self._actors.values():
             for handle in handles:
                 ray.kill(handle)
+        ACTOR_LOGS.clear()

@@ -58,8 +58,8 @@ class Pipeline:
         )
         self._bounds = ParityBounds(config.model.dtype, pipeline.parity_bound)
         self._probe = ParityProbe(pool, fleet.learner, prompts.first(pipeline.parity_prompts), config.rollout)
-        # Of each engine, the version whose tokens were last compared with the learner's.
-        self._compared_at = [0] * len(pool.table)
+        # Of each engine, the step in which it was last compared with the learner.
+        self._compared_in = [0] * len(pool.table)
         self._evaluations = EvaluationSchedule(evaluator, config.eval, pipeline.steps, journal)
         self._updates = UpdateWatch(config.learner.max_skipped_updates)
         self._recorder = RecordQueue(fleet, journal.files, pipeline.step_timeout_s) if config.logging.steps else None
@@ -165,7 +165,7 @@ class Pipeline:
             self._journal.waiting(f"the learner to make step {step}"),
         ):
             reports = await group.train(step - 1, shares)
-        found = self._take_up(step - 1, reports)
+        found = self._take_up(step, reports)
         if step == 1:
             # The evaluation before training is to be of version 0 alone.
             await self._evaluations.finish()
@@ -184,28 +184,29 @@ class Pipeline:
         learned = without_lags_above(self._intake.max_lag, combine_updates([report.metrics for report in reports]))
         return learned | published | _parity_columns(found)
 
-    def _take_up(self, version: int, reports: list[UpdateReport]) -> list[Parity]:
+    def _take_up(self, step: int, reports: list[UpdateReport]) -> list[Parity]:
         """Holds the parity that the learner found while it trained against the bound; returns it."""
         found = {replica: parity for report in reports for replica, parity in report.parity.items()}
-        return self._judge(version, found)
+        return self._judge(step, step - 1, found)
 
     async def _compare_unheard(self, step: int) -> list[Parity]:
-        """Probes the engines that were not compared with the learner for `pipeline.parity_every` versions; returns their parity."""
+        """Probes the engines that were not compared with the learner for `pipeline.parity_every` steps; returns their parity."""
         every = self._config.pipeline.parity_every
-        unheard = [i for i, version in enumerate(self._compared_at) if every and step - version > every]
+        unheard = [i for i, compared_in in enumerate(self._compared_in) if every and step - compared_in >= every]
         return await self._compare(step, unheard) if unheard else []
 
-    async def _compare(self, version: int, replicas: range | list[int]) -> list[Parity]:
+    async def _compare(self, step: int, replicas: range | list[int]) -> list[Parity]:
+        """Probes engines, which hold the version of a step; returns their parity."""
         names = ", ".join(f"rollout/{replica}" for replica in replicas)
         with (
-            self._timeline.span("learner", "parity", version=version),
+            self._timeline.span("learner", "parity", version=step),
             self._journal.waiting(f"a check that the learner agrees with {names}"),
         ):
-            return self._judge(version, await self._probe.compare(replicas))
+            return self._judge(step, step, await self._probe.compare(replicas))
 
-    def _judge(self, version: int, found: dict[int, Parity]) -> list[Parity]:
+    def _judge(self, step: int, version: int, found: dict[int, Parity]) -> list[Parity]:
         for replica, parity in found.items():
-            self._compared_at[replica] = version
+            self._compared_in[replica] = step
             self._journal.parity(parity)
         self._bounds.check(version, found)
         return list(found.values())

@@ -11,10 +11,17 @@ import pytest
 
 from maspo_ray.config import CheckpointConfig, LearnerConfig, PipelineConfig, RolloutConfig, UpdateOrder
 from maspo_ray.errors import ActorGone, ActorLate
+from maspo_ray.fleet.actor_logs import ACTOR_LOGS
 from maspo_ray.fleet.learner_group import LearnerDeadlines, LearnerGroup
 from maspo_ray.fleet.transfer_sets import transfer_sets
 
 DEADLINES = LearnerDeadlines(setup_s=0.11, step_s=0.12, engine_call_s=0.02, checkpoint_s=0.14)
+
+
+@pytest.fixture(autouse=True)
+def _no_logs() -> None:
+    """Of other tests' actors nothing is known here."""
+    ACTOR_LOGS.clear()
 
 
 class _Rank:
