@@ -19,6 +19,7 @@ from maspo_ray.config import KLConfig, LearnerConfig, ModelConfig, ObjectiveConf
 from maspo_ray.errors import ConfigError
 from maspo_ray.experience import PublishReport, UpdateReport
 from maspo_ray.packing import Bundle, RankPlan
+from maspo_ray.run_dir.checkpoint import whole_folder
 from maspo_ray.weight_sync import Backend
 
 
@@ -262,12 +263,13 @@ class DeepSpeedLearner:
         if self._rank > 0:
             return
         model = self._engine.module.model
-        model.save_pretrained(folder, state_dict=state)
-        AutoTokenizer.from_pretrained(self._model_config.path).save_pretrained(folder)
-        if adapters:
-            from actors.lora import save_adapter
+        with whole_folder(Path(folder)) as partial:
+            model.save_pretrained(partial, state_dict=state)
+            AutoTokenizer.from_pretrained(self._model_config.path).save_pretrained(partial)
+            if adapters:
+                from actors.lora import save_adapter
 
-            save_adapter(model, adapters, Path(folder) / "adapter")
+                save_adapter(model, adapters, partial / "adapter")
 
     def save_state(self, folder: str) -> None:
         from actors.deepspeed_engine import save_engine

@@ -199,7 +199,7 @@ class LearnerActor(Protocol):
         ...
 
     def save(self, folder: str) -> None:
-        """Writes a Hugging Face model and its tokenizer."""
+        """Writes a Hugging Face model and its tokenizer; the folder has its name once it is complete, since a run can end meanwhile."""
         ...
 
     def save_state(self, folder: str) -> None:

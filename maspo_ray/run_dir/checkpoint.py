@@ -6,12 +6,27 @@ and their sizes shows later whether it still is. What those files hold is the le
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from maspo_ray.errors import ConfigError, RunError
 
 STATE, _FILES = "state", "state_files.json"
 """In a checkpoint: the folder of the learner's state, and the list of its files."""
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yields a hidden folder to write into, which gets the name of `folder` when all is written: a folder that has the name is complete.
+
+    Args:
+        folder: does not exist, or is empty.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    yield partial
+    partial.rename(folder)
 
 
 def begin_checkpoint(folder: Path) -> Path:

@@ -283,7 +283,10 @@ def test_train_of_two_engines_and_two_ranks_updates_both_and_shares_every_batch(
     # Both sampled, and after each update hold the learner's weights; parity and checksums would have ended the run otherwise.
     records = [read_step(path) for path in sorted((folder / "steps").iterdir())]
     assert {group.replica for record in records for group in record.groups} == {0, 1}
-    assert all(row["parity/max"] < 1e-3 and row["learner/update_to_weight"] > 0 for row in metrics)
+    assert all(row["learner/update_to_weight"] > 0 for row in metrics)
+    # A step whose groups all began with older weights compares none.
+    compared = [row["parity/max"] for row in metrics if row["parity/max"] is not None]
+    assert compared and max(compared) < 1e-3
     trained = [
         [b.group_id for plans, _ in r.shares for p in plans for m in p.micro_batches for b in m] for r in records
     ]

@@ -6,6 +6,7 @@ import pytest
 
 from bench.simulated import simulated_config
 from maspo_ray.errors import ConfigError
+from maspo_ray.run_dir.checkpoint import whole_folder
 from maspo_ray.run_dir.folder import RunFiles
 
 
@@ -18,3 +19,19 @@ def test_folder_that_cannot_be_opened_is_one_line_and_holds_no_run(tmp_path: Pat
     assert str(caught.value).startswith(f"run_dir is {tmp_path}; it cannot be written to (")
     assert len(str(caught.value).splitlines()) == 1
     assert not any((tmp_path / name).exists() for name in ("metrics.jsonl", "config.yaml"))
+
+
+def test_folder_has_its_name_once_it_is_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "final"
+    with pytest.raises(KeyboardInterrupt), whole_folder(folder) as partial:
+        partial.mkdir()
+        (partial / "left").touch()
+        raise KeyboardInterrupt
+    assert not folder.exists()
+    with whole_folder(folder) as partial:
+        partial.mkdir()
+        (partial / "model").touch()
+        assert not folder.exists()
+    # Nothing is left of the first.
+    assert [path.name for path in folder.iterdir()] == ["model"]
+    assert list(tmp_path.iterdir()) == [folder]
