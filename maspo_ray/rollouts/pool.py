@@ -20,6 +20,8 @@ from maspo_ray.hosts.messages import Beat, Ended, Expired, Priority, SampleReque
 from maspo_ray.rollouts.error_watch import ErrorWatch, Purpose
 from maspo_ray.run_dir.timeline import Timeline
 
+_ASKED_TIMES = 20
+"""An engine that is silent is asked so many times within its deadline how it fares, at most."""
 _SHOWN = 4
 """Engines that a line of text names."""
 
@@ -115,6 +117,8 @@ class RolloutPool:
         self._answer_s = answer_s
         self._request_ids = itertools.count()
         self._requests: dict[int, _Request] = {}
+        # Of each engine, when it may be asked again how it fares, if it is silent.
+        self._ask_after = dict.fromkeys(range(len(table)), 0.0)
         # Of each engine, since `beat` last told.
         self._heard = [_Heard() for _ in range(len(table))]
 
@@ -228,8 +232,14 @@ class RolloutPool:
         Raises:
             ActorLate: one has ended no completion for longer than it may.
         """
-        silent = [i for i, silent_s in self.table.silences(self._now()).items() if silent_s > self._timeout_s / 2]
+        now = self._now()
+        silent = [
+            replica
+            for replica, silent_s in self.table.silences(now).items()
+            if silent_s > self._timeout_s / 2 and now >= self._ask_after[replica]
+        ]
         if silent:
+            self._ask_after |= dict.fromkeys(silent, now + self._timeout_s / _ASKED_TIMES)
             await self._hear(silent, None)
         for replica, silent_s in self.table.silences(self._now()).items():
             if silent_s > self._timeout_s:

@@ -67,6 +67,7 @@ def _run(
     evaluator: Any = None,
     break_it: Callable[[SimulatedFleet], None] | None = None,
     seen: _Seen | None = None,
+    timeout_s: float | None = None,
     **pipeline: Any,
 ) -> _Seen:
     seen, loop = seen or _Seen(), VirtualLoop()
@@ -75,6 +76,7 @@ def _run(
         update={
             "learner": config.learner.model_copy(update={"updates_per_batch": updates}),
             "eval": config.eval.model_copy(update={"every": 1}),
+            "rollout": config.rollout.model_copy(update={"timeout_s": timeout_s or config.rollout.timeout_s}),
         }
     )
 
@@ -322,10 +324,19 @@ def test_pipeline_whose_engine_hangs_ends_by_its_deadline_with_its_name(tmp_path
 
     seen = _Seen()
     with pytest.raises(ExceptionGroup) as caught:
-        _run(tmp_path, Behaviour(), steps=9, groups_per_step=8, max_staleness=1, break_it=hang, seen=seen)
+        _run(
+            tmp_path,
+            Behaviour(),
+            steps=9,
+            groups_per_step=8,
+            max_staleness=1,
+            break_it=hang,
+            seen=seen,
+            timeout_s=3600.0,
+        )
     cause = _first_cause(caught.value)
     assert isinstance(cause, ActorLate) and (cause.role, cause.replica) == ("rollout", 1)
-    assert re.match(r"rollout/1 has ended no completion for 500\d\d s.*rollout.timeout_s is 50000", str(cause))
+    assert re.match(r"rollout/1 has ended no completion for 36\d\d s.*rollout.timeout_s is 3600", str(cause))
     assert seen.left_running == 0
 
 
