@@ -298,6 +298,7 @@ def test_train_of_two_engines_and_two_ranks_updates_both_and_shares_every_batch(
     assert run.left() == []
 
 
+@pytest.mark.slow
 def test_train_of_an_engine_that_computes_otherwise_ends_before_anything_is_trained(
     tiny_model: str, tmp_path: Path
 ) -> None:

@@ -187,7 +187,7 @@ def test_learner_updates_equal_plain_pytorch_for_any_cut(
         assert np.abs(_probe_logprobs(adapted) - expected).max() < 1e-5
 
 
-@pytest.mark.parametrize("zero_stage", [1, 3])
+@pytest.mark.parametrize("zero_stage", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_learner_ranks_share_any_number_of_groups_and_one_may_have_none(
     tiny_model: str, own_ray: None, zero_stage: Any
 ) -> None:
@@ -234,7 +234,7 @@ def _broken(experience: Experience, fault: str) -> Experience:
     [
         (1, None, "behaviour"),
         pytest.param(2, 0, "advantage", marks=pytest.mark.slow),
-        (2, 1, "reference"),
+        pytest.param(2, 1, "reference", marks=pytest.mark.slow),
         (2, 3, "advantage"),
     ],
 )
@@ -327,7 +327,7 @@ def _bfloat16_expected(model_path: str, plans: Sequence[Any]) -> list[torch.Tens
     return [p.detach() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("zero_stage", [1, 3])
+@pytest.mark.parametrize("zero_stage", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_bfloat16_gradients_are_added_up_in_float32_and_weights_kept_so(
     tiny_model: str, own_ray: None, tmp_path: Path, zero_stage: Any
 ) -> None:

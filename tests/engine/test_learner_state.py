@@ -113,7 +113,7 @@ def _end(actors: list[Any]) -> None:
     [
         (1, 0, "float32", {}),
         (2, 1, "float32", LORA),
-        (2, 2, "bfloat16", {}),
+        pytest.param(2, 2, "bfloat16", {}, marks=pytest.mark.slow),
         (2, 3, "float32", {}),
         pytest.param(2, 1, "float32", {}, marks=pytest.mark.slow),
         pytest.param(2, 3, "float32", LORA, marks=pytest.mark.slow),

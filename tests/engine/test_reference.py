@@ -90,7 +90,9 @@ def test_reference_logprobs_belong_to_their_completions(reference: HFReference) 
         assert np.abs(logprobs - alone).max() < 1e-5
 
 
-@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize(
+    "estimator", [pytest.param("k1", marks=pytest.mark.slow), pytest.param("k2", marks=pytest.mark.slow), "k3"]
+)
 def test_kl_is_zero_in_the_first_update_and_not_in_the_second(
     tiny_model: str, own_ray: None, reference: HFReference, estimator: Any
 ) -> None:
