@@ -212,6 +212,8 @@ def main() -> None:
         print(f"skipped: TRL is not installed; {install} adds it")
         print(json.dumps({"bench": "end_to_end", "skipped": "TRL is not installed", "install": install}))
         return
+    if not Path(options.model, "config.json").is_file():
+        sys.exit(f"--model is {options.model}; there is no model. Run `python examples/smollm2/prepare.py`.")
     repeats: list[tuple[float, float]] = []
     micro_batches: Sequence[int] = options.micro_batches
     with tempfile.TemporaryDirectory() as scratch:
