@@ -121,7 +121,8 @@ def steps_of_run(folder: Path) -> list[Step]:
     """Returns the steps of a run of ours, from its folder."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     ledger = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
-    trained = Counter(row["step"] for row in ledger if row["outcome"] == "trained")
+    # The step of a group is null unless it was trained.
+    trained = Counter(row["step"] for row in ledger)
     return [
         Step(trained[row["step"]] * trl_side.GROUP_SIZE, row["time/step_s"], row["completion/tokens_mean"])
         for row in rows
