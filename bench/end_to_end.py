@@ -121,7 +121,8 @@ def steps_of_run(folder: Path) -> list[Step]:
     """Returns the steps of a run of ours, from its folder."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     ledger = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
-    trained = Counter(row["step"] for row in ledger if row["outcome"] == "trained")
+    # The step of a group is null unless it was trained.
+    trained = Counter(row["step"] for row in ledger)
     return [
         Step(trained[row["step"]] * trl_side.GROUP_SIZE, row["time/step_s"], row["completion/tokens_mean"])
         for row in rows
@@ -210,6 +211,8 @@ def main() -> None:
         print(f"skipped: TRL is not installed; {install} adds it")
         print(json.dumps({"bench": "end_to_end", "skipped": "TRL is not installed", "install": install}))
         return
+    if not Path(options.model, "config.json").is_file():
+        sys.exit(f"--model is {options.model}; there is no model. Run `python examples/smollm2/prepare.py`.")
     repeats: list[tuple[float, float]] = []
     micro_batches: Sequence[int] = options.micro_batches
     with tempfile.TemporaryDirectory() as scratch:
