@@ -135,7 +135,9 @@ def _time_text(summary: RunSummary) -> str:
 
 def _at_once_text(summary: RunSummary) -> str:
     """Returns, for each other role, the number of its calls under way, in the mean over the run."""
-    others = [(role, sum(names.values())) for role, names in summary.seconds.items() if role not in ("learner", "evaluation")]
+    others = [
+        (role, sum(names.values())) for role, names in summary.seconds.items() if role not in ("learner", "evaluation")
+    ]
     return ", ".join(f"{seconds / summary.wall_s:.1f} calls to {role}" for role, seconds in others) or "not measured"
 
 
