@@ -5,26 +5,35 @@ Promise: a line reads `<field> is <value>; <rule>. <what to change>.`
 
 import difflib
 import re
-from collections.abc import Iterator
-from typing import get_args
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 _UNION_TAGS = {"maspo", "grpo", "jsonl", "huggingface", "reasoning_gym"}
 
 
-def field_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Yields the dotted path of every key of a tree of sections."""
+def fields_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel], FieldInfo]]:
+    """Yields of every key of a tree of sections its dotted path, the section that it is in and its field; sections come before their keys."""
     for name, field in model.model_fields.items():
-        yield f"{prefix}{name}"
-        pending = [field.annotation]
-        while pending:
-            annotation = pending.pop()
-            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-                yield from field_paths(annotation, f"{prefix}{name}.")
-            else:
-                pending.extend(get_args(annotation))
+        yield f"{prefix}{name}", model, field
+        for section in sections_in(field.annotation):
+            yield from fields_of(section, f"{prefix}{name}.")
+
+
+def sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """Returns the sections that a field's type names, in its order: the kinds of a union, none for a plain value."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in sections_in(part)]
+
+
+def field_paths(model: type[BaseModel]) -> Iterator[str]:
+    """Yields the dotted path of every key of a tree of sections."""
+    return (path for path, _, _ in fields_of(model))
 
 
 def describe_validation_errors(error: ValidationError, root: type[BaseModel]) -> list[str]:
@@ -49,6 +58,27 @@ def _describe(item: ErrorDetails, root: type[BaseModel]) -> str:
         given = item.get("ctx", {}).get("tag", "not set")
         return f"{path}.kind is {given}; it must be one of {allowed}. Set it."
     return f"{path} is {value!r}; {message[0].lower()}{message[1:]}. Change {path}."
+
+
+def describe_repeated_flags(flags: Sequence[str], root: type[BaseModel]) -> list[str]:
+    """Returns one line for each flag that is given twice, of which the last counts; those of lists and dictionaries add up."""
+    fields = {path: field.annotation for path, _, field in fields_of(root)}
+    given: dict[str, list[str]] = {}
+    for flag, following in zip_longest(flags, flags[1:], fillvalue=""):
+        name, equals, value = flag.partition("=")
+        path = name.removeprefix("--")
+        if name.startswith("--") and path in fields and not _adds_up(fields[path]):
+            given.setdefault(path, []).append(value if equals else following)
+    return [
+        f"--{path} is given as {' and as '.join(values)}; the last counts."
+        for path, values in given.items()
+        if len(values) > 1
+    ]
+
+
+def _adds_up(annotation: Any) -> bool:
+    parts = get_args(annotation)
+    return bool(sections_in(annotation)) or get_origin(annotation) in (tuple, dict) or any(map(_adds_up, parts))
 
 
 def describe_flag_error(message: str, root: type[BaseModel]) -> str:

@@ -5,17 +5,17 @@ checked by `preflight`, `loading` and `placement`. Imports neither torch, ray no
 at once.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsError
 
 from maspo_ray.config.data import DataConfig
-from maspo_ray.config.faults import describe_flag_error, describe_validation_errors
+from maspo_ray.config.faults import describe_flag_error, describe_repeated_flags, describe_validation_errors
 from maspo_ray.config.objective import AdvantageConfig, KLConfig, MaspoConfig, ObjectiveConfig
 from maspo_ray.config.sections import (
     CheckpointConfig,
@@ -30,7 +30,10 @@ from maspo_ray.config.sections import (
     RolloutConfig,
     Section,
 )
+from maspo_ray.config.yaml_file import read_yaml
 from maspo_ray.errors import ConfigError
+
+_log = logging.getLogger(__name__)
 
 
 class RunConfig(Section):
@@ -116,7 +119,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: one line for each thing that is wrong: field, value, rule, remedy.
     """
-    tree = _read_yaml(Path(path))
+    tree = read_yaml(Path(path))
+    for line in describe_repeated_flags(overrides, RunConfig):
+        # As on any command line, so that a flag can be added to a command that has it; but never in silence.
+        _log.warning(line)
     try:
         both = _FileAndFlags(_cli_parse_args=list(overrides), _cli_exit_on_error=False, **tree)
         return RunConfig(**{name: getattr(both, name) for name in RunConfig.model_fields})
@@ -124,17 +130,3 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(describe_flag_error(str(error), RunConfig)) from None
     except ValidationError as error:
         raise ConfigError("\n".join(describe_validation_errors(error, RunConfig))) from None
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ConfigError(f"config is {path}; there is no such file. Give the path of a YAML file.")
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" (line {mark.line + 1})" if mark else ""
-        raise ConfigError(f"config is {path}; it is not YAML{where}. Mend the file.") from None
-    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
-        raise ConfigError(f"config is {path}; it must hold sections such as `model:`. Mend the file.")
-    return tree

@@ -278,6 +278,71 @@ def test_load_several_faults_have_a_line_each(tmp_path: Path) -> None:
     ]
 
 
+# A key given twice.
+
+
+@pytest.mark.parametrize(
+    ("text", "faults"),
+    [
+        # A whole section, as it happens when a block is pasted in.
+        ("rollout: {group_size: 4}\nseed: 1\nrollout: {temperature: 0.7}\n", ["rollout is given twice (lines 1 and 3 of"]),
+        ("learner:\n  lr: 1.0e-6\n  betas: [0.9, 0.95]\n  lr: 2.0e-6\n", ["learner.lr is given twice (lines 2 and 4 of"]),
+        ("rollout: {engine: {block_size: 16, block_size: 32}}\n", ["rollout.engine.block_size is given twice (lines 1 and 1 of"]),
+        ("learner: {lora: {targets: [{a: 1, a: 2}]}}\n", ["learner.lora.targets.0.a is given twice (lines 1 and 1 of"]),
+        # The same value is two all the same, and quotes make no other key of it.
+        ("seed: 1\n'seed': 1\n", ["seed is given twice (lines 1 and 2 of"]),
+        ("seed: 1\nrun_dir: a\nseed: 2\nrun_dir: b\n", ["seed is given twice (lines 1 and 3", "run_dir is given twice (lines 2 and 4"]),
+    ],
+)  # fmt: skip
+def test_load_key_that_a_file_gives_twice_is_named_with_both_lines(
+    tmp_path: Path, text: str, faults: list[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(file)
+    lines = str(caught.value).splitlines()
+    assert [line[: len(fault)] for line, fault in zip(lines, faults, strict=True)] == faults
+    assert all(line.endswith(f"{file}); only the last would count. Put both into one.") for line in lines)
+
+
+def test_load_key_over_that_of_a_merge_and_an_alias_given_often_are_no_key_given_twice(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    text = yaml.safe_dump(TREE) + "reward: &role {cpus: 0.5, timeout_s: 9}\nreference: {<<: *role, timeout_s: 8}\n"
+    file.write_text(text)
+    config = load_config(file)
+    assert (config.reward.timeout_s, config.reference.timeout_s, config.reference.cpus) == (9, 8, 0.5)
+
+
+def test_load_search_for_keys_given_twice_ends_in_a_section_that_holds_itself(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(TREE) + "reward: &r\n  args: *r\n")
+    assert load_config(file).reward.args.keys() == {"args"}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--seed", "1", "--seed", "2"],
+        ["--seed=1", "--learner.lr", "1e-5", "--seed", "2"],
+        ["--seed=1", "--seed=2"],
+    ],
+)
+def test_load_flag_given_twice_counts_as_the_last_and_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, flags: list[str]
+) -> None:
+    assert _load(tmp_path, {}, *flags).seed == 2
+    assert caplog.messages == ["--seed is given as 1 and as 2; the last counts."]
+
+
+def test_load_flags_of_lists_and_dictionaries_add_up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    engine = ("--rollout.engine", '{"block_size": 16}', "--rollout.engine", '{"max_num_batched_tokens": 512}')
+    config = _load(tmp_path, {}, *engine, "--learner.betas", "0.8", "--learner.betas", "0.9")
+    assert config.rollout.engine == {"block_size": 16, "max_num_batched_tokens": 512}
+    assert config.learner.betas == (0.8, 0.9)
+    assert caplog.messages == []
+
+
 @pytest.mark.parametrize("key", sorted(LearnerConfig.owned_deepspeed_keys))
 def test_deepspeed_key_that_a_section_owns_is_refused(key: str) -> None:
     with pytest.raises(ValidationError, match=f"{key} follow from the learner and model sections"):

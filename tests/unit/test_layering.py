@@ -18,7 +18,7 @@ FLOORS: dict[str, list[str]] = {
     "maspo_ray": [],
     "maspo_ray.errors": [],
     "maspo_ray.actor_failures": [],
-    "maspo_ray.config": ["sections", "data", "objective", "faults", "run", ""],
+    "maspo_ray.config": ["sections", "data", "objective", "faults", "yaml_file", "run", ""],
     "maspo_ray.experience": [],
     "maspo_ray.packing": [],
     "maspo_ray.weight_sync": ["", "buckets", "checksum", "gloo_engine", "gloo_trainer", "publisher"],
