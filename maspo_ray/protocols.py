@@ -1,7 +1,9 @@
 """What each role must offer, so that an actor, a sampler or a late policy of the user's own plugs in exactly as the built-in ones do.
 
 Promise: an actor is a plain class with a cheap constructor (it keeps its arguments) and a `setup` that does the heavy work.
-The constructor receives the keyword arguments of its role (see each protocol), and the section's `args` after them.
+The constructor receives the keyword arguments of its role (see each protocol), and the section's `args` after them; that it takes both
+is checked by its signature before anything starts. A class may also have a static method `check_config(section)`, which is given its
+section (`RolloutConfig`, `RewardConfig` …) then and raises `ConfigError` where it would fail later.
 `fleet` wraps the class with `ray.remote`; nothing else does. Methods may be sync or async where it says so.
 """
 

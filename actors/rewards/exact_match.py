@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 
+from maspo_ray.config import RewardConfig
 from maspo_ray.errors import ConfigError
 from maspo_ray.experience import Completion, Prompt, Verdict
 
@@ -46,6 +47,10 @@ class ExactMatchReward:
         """
         self._ignore_case = ignore_case
         self._regex = None if pattern is None else answer_regex(pattern, "reward.args.pattern")
+
+    @staticmethod
+    def check_config(reward: RewardConfig) -> None:
+        ExactMatchReward(**reward.args)
 
     def score(self, prompt: Prompt, completions: Sequence[Completion]) -> list[Verdict]:
         """Returns 1.0 or 0.0 for each completion.

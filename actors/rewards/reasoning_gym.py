@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from actors.rewards.exact_match import ANSWER_TAGS, answer_regex, last_answer
+from maspo_ray.config import RewardConfig
 from maspo_ray.experience import Completion, Prompt, Verdict
 
 Scorer = Callable[[str | None, dict[str, Any]], float]
@@ -27,6 +28,10 @@ class ReasoningGymReward:
         self._binary = binary
         self._regex = None if answer_pattern is None else answer_regex(answer_pattern, "reward.args.answer_pattern")
         self._scorers: dict[str, Scorer] = {}
+
+    @staticmethod
+    def check_config(reward: RewardConfig) -> None:
+        ReasoningGymReward(**reward.args)
 
     def setup(self) -> None:
         import reasoning_gym  # noqa: F401  (takes a second, which the first completion need not wait for)

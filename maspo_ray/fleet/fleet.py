@@ -14,6 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from maspo_ray.config import RewardConfig, RunConfig
 from maspo_ray.fleet.actor_logs import ACTOR_LOGS
+from maspo_ray.fleet.blueprint import constructor_arguments
 from maspo_ray.fleet.calls import await_all, await_named
 from maspo_ray.fleet.environment import actor_environment, import_path
 from maspo_ray.fleet.learner_group import LearnerDeadlines, LearnerGroup
@@ -104,45 +105,20 @@ class Fleet:
 
     def _blueprint(self, slot: Slot) -> tuple[type, dict[str, Any], bool]:
         """Returns the class to start in a slot, its constructor's arguments, and whether its methods are coroutines."""
-        config, threads = self._config, self._threads(slot)
+        config = self._config
         section = getattr(config, slot.role)
+        arguments = constructor_arguments(config, slot.role, slot.replica, self._threads(slot), self._world_size)
         if slot.role == "reward":
-            arguments = {
-                "reward_class": self._classes["reward"],
-                "args": section.args,
-                "timeout_s": section.timeout_s,
-            }
-            return RewardHost, arguments, True
+            hosted = {"reward_class": self._classes["reward"], "args": section.args, "timeout_s": section.timeout_s}
+            return RewardHost, hosted, True
         if slot.role == "rollout":
-            engine = {
-                "model": config.model,
-                "rollout": config.rollout,
-                "max_model_tokens": config.max_model_tokens,
-                "threads": threads,
-                "seed": config.seed + slot.replica,
-            }
-            arguments = {
+            hosted = {
                 "engine_class": self._classes["rollout"],
-                "arguments": {**engine, **section.args},
+                "arguments": {**arguments, **section.args},
                 "max_concurrent_requests": config.rollout.max_concurrent_requests,
                 "score_deadline_s": score_deadline_s(config.reward, config.rollout.group_size),
             }
-            return RolloutHost, arguments, True
-        if slot.role == "reference":
-            arguments = {"model": config.model, "temperature": config.rollout.temperature, "threads": threads}
-        else:
-            arguments = {
-                "model": config.model,
-                "learner": config.learner,
-                "objective": config.objective,
-                "kl": config.kl,
-                "temperature": config.rollout.temperature,
-                "total_updates": config.pipeline.steps * config.learner.updates_per_batch,
-                "rank": slot.replica,
-                "world_size": self._world_size,
-                "threads": threads,
-                "seed": config.seed,
-            }
+            return RolloutHost, hosted, True
         return self._classes[slot.role], {**arguments, **section.args}, False
 
     def _threads(self, slot: Slot) -> int:

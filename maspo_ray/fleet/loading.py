@@ -1,10 +1,11 @@
 """Dotted path → class, checked against the protocol of its role.
 
-Promise: what is returned has every method of its role, taking the arguments that the framework passes; an error names
-what is missing. Importing a user's module happens here and nowhere else. Actor modules import their engines in `setup`, so
+Promise: what is returned has every method of its role, taking the arguments that the framework passes, and a constructor that takes
+the section's `args`; an error names what is missing. Importing a user's module happens here and nowhere else. Actor modules import their engines in `setup`, so
 this is cheap.
 """
 
+import difflib
 import importlib
 import inspect
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 
 from maspo_ray.config import DataConfig, PipelineConfig, PluginConfig, RunConfig
 from maspo_ray.errors import ConfigError
+from maspo_ray.fleet.blueprint import constructor_arguments
 from maspo_ray.protocols import LatePolicy, LearnerActor, ReferenceActor, RewardActor, RolloutEngine, Sampler
 
 PROTOCOLS: dict[str, type] = {
@@ -54,9 +56,23 @@ def load_plugins(config: RunConfig) -> Plugins:
 
 
 def load_classes(config: RunConfig) -> dict[str, type]:
-    """Returns the class of each role that the run starts, checked against its protocol."""
-    roles = [role for role in PROTOCOLS if role != "reference" or config.kl.coef > 0]
-    return {role: load_actor_class(role, getattr(config, role).actor) for role in roles}
+    """Returns the class of each role that the run starts, as `load_role` does."""
+    return {role: load_role(config, role) for role in PROTOCOLS if role != "reference" or config.kl.coef > 0}
+
+
+def load_role(config: RunConfig, role: str) -> type:
+    """Returns the class of a role, checked against its protocol and against what it will be made with.
+
+    Raises:
+        ConfigError: as `load_actor_class` does; or the class does not take the section's `args`, or objects to the section.
+    """
+    section = getattr(config, role)
+    found = load_actor_class(role, section.actor)
+    _check_constructor(role, "actor", found, list(constructor_arguments(config, role)), section.args)
+    # Optional, as `protocols` says.
+    if (check := getattr(found, "check_config", None)) is not None:
+        check(section)
+    return found
 
 
 def load_actor_class(role: str, dotted_path: str) -> type:
@@ -101,6 +117,7 @@ def _load_plugin(field: str, plugin: PluginConfig, protocol: type) -> Callable[.
     plugin_class = _load_class(f"{field}.path is {plugin.path}", plugin.path, protocol)
 
     def make(**given: Any) -> Any:
+        _check_constructor(field, "path", plugin_class, list(given), plugin.args)
         try:
             return plugin_class(**given, **plugin.args)
         except ConfigError:
@@ -157,6 +174,44 @@ def _check_protocol(field: str, found: type, protocol: type) -> None:
                 f"{field}; its method {name}{inspect.signature(method)} cannot be called as {protocol.__name__} says. "
                 f"Give it the signature {name}{wanted}."
             )
+
+
+def _check_constructor(field: str, key: str, found: type, given: list[str], args: dict[str, Any]) -> None:
+    """Checks by its signature that a class can be made with what the framework gives it and what a section's `args` add.
+
+    Args:
+        key: under which `field` names the class.
+
+    Raises:
+        ConfigError: it cannot; the line names the argument.
+    """
+    name = found.__name__
+    if both := sorted(args.keys() & given):
+        raise ConfigError(
+            f"{field}.args.{both[0]} is {args[both[0]]!r}; {name} is given it by the framework. Remove it."
+        )
+    try:
+        parameters = inspect.signature(found).parameters.values()
+    except ValueError:
+        # Some classes written in C tell none.
+        return
+    takes = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    for argument in () if takes_any else [*given, *args]:
+        if argument in takes:
+            continue
+        if argument in given:
+            raise ConfigError(
+                f"{field}.{key} is {found.__module__}:{name}; its constructor takes no {argument}, which the framework gives it. Add it."
+            )
+        own = sorted(takes - set(given))
+        near = difflib.get_close_matches(argument, own, n=1)
+        there = f"it takes {', '.join(own)}" if own else "it takes none"
+        remedy = f"Did you mean {near[0]}?" if near else f"Remove it; {there}."
+        raise ConfigError(f"{field}.args.{argument} is {args[argument]!r}; {name} takes no such argument. {remedy}")
+    needed = [p.name for p in parameters if p.default is p.empty and p.name in takes and p.name not in {*given, *args}]
+    if needed:
+        raise ConfigError(f"{field}.args is {args}; {name} needs {' and '.join(needed)} too. Add it.")
 
 
 def _accepts(signature: inspect.Signature, wanted: inspect.Signature) -> bool:

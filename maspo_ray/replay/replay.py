@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from maspo_ray.fleet.fleet import Fleet
-from maspo_ray.fleet.loading import load_actor_class
+from maspo_ray.fleet.loading import load_role
 from maspo_ray.fleet.placement import RoleDemand
 from maspo_ray.fleet.ray_session import connected
 from maspo_ray.fleet.reservation import reserve, wait_for_cluster
@@ -32,7 +32,7 @@ def replay(plan: ReplayPlan, note: Callable[[str], None]) -> ModelDifference:
         RunError: it could not be replayed.
     """
     learner, placement = plan.config.learner, plan.config.placement
-    classes = {"learner": load_actor_class("learner", learner.actor)}
+    classes = {"learner": load_role(plan.config, "learner")}
     demand = RoleDemand("learner", plan.ranks, None, learner.gpus, learner.cpus)
     with connected(placement) as may_grow:
         placed = wait_for_cluster([demand], placement.wait_s if may_grow else 0.0)

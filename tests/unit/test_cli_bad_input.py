@@ -25,6 +25,8 @@ CLUSTER_LIMIT_S = 45.0
 
 REWARDS = """
 class Good:
+    def __init__(self, max_words=3): ...
+
     def score(self, prompt, completions):
         return [0.0 for _ in completions]
 
@@ -112,6 +114,7 @@ CASES: dict[str, Case] = {
     "no class": (None, ["--reward.actor", "rewards_of_a_user:Nobody"], "reward.actor is rewards_of_a_user:Nobody; module rewards_of_a_user has no class Nobody. Name one"),
     "lacks a method": (None, ["--reward.actor", "rewards_of_a_user:Lacking"], "reward.actor is rewards_of_a_user:Lacking; the class has no method score, which RewardActor needs. Add score"),
     "wrong signature": (None, ["--reward.actor", "rewards_of_a_user:WrongSignature"], "reward.actor is rewards_of_a_user:WrongSignature; its method score(self, prompt) cannot be called as RewardActor says. Give it"),
+    "misspelt argument of a reward": (None, ["--reward.args", '{"max_word": 1}'], "reward.args.max_word is 1; Good takes no such argument. Did you mean max_words?"),
     "lacks a learner's method": (None, ["--learner.actor", "rewards_of_a_user:Good"], "learner.actor is rewards_of_a_user:Good; the class has no method rendezvous, which LearnerActor needs. Add"),
     "no model folder": (None, ["--model.path", "nowhere"], "model.path is nowhere; there is no such folder. Give a folder"),
     "no tokenizer": (_without_tokenizer, ["--model.path", "bare"], "model.path is bare; the folder has no tokenizer (tokenizer.json, tokenizer.model, vocab.json). Save"),

@@ -59,6 +59,7 @@ FLOORS: dict[str, list[str]] = {
     "maspo_ray.fleet": [
         "",
         "ray_session",
+        "blueprint",
         "loading",
         "placement",
         "reservation",

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from maspo_ray.fleet.loading import (
     load_actor_class,
     load_classes,
     load_late_policy,
+    load_role,
     load_sampler,
     protocol_methods,
 )
@@ -252,9 +254,11 @@ def test_load_sampler_wrong_args_are_answered_before_a_sampler_is_made(write: Wr
     assert _sampler_fault(path, decay=2) == (
         "data.sampler.args.decay is 2; it must be at least 0 and below 1. Set it to 0.5."
     )
-    fault = _sampler_fault(path, decy=0.5)
-    assert fault.startswith("data.sampler.args is {'decy': 0.5}; PassRateSampler does not take it (TypeError: ")
-    assert "unexpected keyword argument 'decy'" in fault and fault.endswith("). Change data.sampler.args.")
+    assert _sampler_fault(path, decy=0.5) == (
+        "data.sampler.args.decy is 0.5; PassRateSampler takes no such argument. Did you mean decay?"
+    )
+    fault = _sampler_fault(path, decay="half")
+    assert fault.startswith("data.sampler.args is {'decay': 'half'}; PassRateSampler does not take it (TypeError: ")
     data = DataConfig.model_validate(
         {"train": {"kind": "jsonl", "path": "x"}, "sampler": {"path": path, "args": {"floor": 0}}}
     )
@@ -298,7 +302,7 @@ def test_load_late_policy_of_the_users_own_receives_its_args(write: Write) -> No
         (
             "maspo_ray.groups.late_policy:TrainStale",
             {},
-            "pipeline.late_policy.args is {}; TrainStale does not take it (TypeError: ",
+            "pipeline.late_policy.args is {}; TrainStale needs max_lag too. Add it.",
         ),
     ],
 )
@@ -306,3 +310,99 @@ def test_load_late_policy_faults_name_the_field(path: str, args: dict[str, objec
     with pytest.raises(ConfigError) as caught:
         _load_late_policy(path, **args)
     assert fault in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+# What a class is made with.
+
+CONSTRUCTOR = {
+    "rollout": "model, rollout, max_model_tokens, threads, seed",
+    "reward": "",
+    "reference": "model, temperature, threads",
+    "learner": "model, learner, objective, kl, temperature, total_updates, rank, world_size, threads, seed",
+}
+"""As the protocols' docstrings say."""
+
+
+def _config(**sections: Any) -> RunConfig:
+    tree = {"model": {"path": "org/model"}, "data": {"train": {"kind": "jsonl", "path": "rows.jsonl"}}}
+    return RunConfig.model_validate({**tree, "kl": {"coef": 0.1}, **sections})
+
+
+def _class_of(role: str, constructor: str) -> str:
+    """Returns the source of a class `A` of a role with a constructor of so many parameters."""
+    protocol = PROTOCOLS[role]
+    methods = "".join(f"    {name} = P.{name}\n" for name in protocol_methods(protocol))
+    return (
+        f"from maspo_ray.protocols import {protocol.__name__} as P\n"
+        f"class A:\n    def __init__(self, {constructor}): ...\n{methods}"
+    )
+
+
+def _role_fault(config: RunConfig, role: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_role(config, role)
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("role", PROTOCOLS)
+def test_load_class_of_every_role_may_have_arguments_of_its_own(write: Write, role: str) -> None:
+    module = write(_class_of(role, f"{CONSTRUCTOR[role]}{', ' if CONSTRUCTOR[role] else ''}words, limit=3"))
+    section = {"actor": f"{module}:A", "args": {"words": 2}}
+    assert load_role(_config(**{role: section}), role).__name__ == "A"
+    faults = {
+        "wrods": f"{role}.args.wrods is 2; A takes no such argument. Did you mean words?",
+        "xyz": f"{role}.args.xyz is 2; A takes no such argument. Remove it; it takes limit, words.",
+    }
+    for name, fault in faults.items():
+        assert _role_fault(_config(**{role: section | {"args": {name: 2}}}), role) == fault
+    assert (
+        _role_fault(_config(**{role: section | {"args": {}}}), role)
+        == f"{role}.args is {{}}; A needs words too. Add it."
+    )
+
+
+@pytest.mark.parametrize(("role", "given"), [("rollout", "seed"), ("reference", "threads"), ("learner", "rank")])
+def test_load_args_that_the_framework_gives_are_refused(write: Write, role: str, given: str) -> None:
+    module = write(_class_of(role, CONSTRUCTOR[role]))
+    fault = _role_fault(_config(**{role: {"actor": f"{module}:A", "args": {given: 3}}}), role)
+    assert fault == f"{role}.args.{given} is 3; A is given it by the framework. Remove it."
+
+
+def test_load_constructor_that_lacks_what_the_framework_gives_is_refused(write: Write) -> None:
+    module = write(_class_of("reference", "model, temperature"))
+    assert _role_fault(_config(reference={"actor": f"{module}:A"}), "reference") == (
+        f"reference.actor is {module}:A; its constructor takes no threads, which the framework gives it. Add it."
+    )
+
+
+def test_load_constructor_that_takes_anything_is_accepted(write: Write) -> None:
+    module = write(_class_of("learner", "**everything"))
+    assert load_role(_config(learner={"actor": f"{module}:A", "args": {"any": 1}}), "learner").__name__ == "A"
+
+
+@pytest.mark.parametrize(
+    ("actor", "args", "fault"),
+    [
+        ("exact_match:ExactMatchReward", {"ignore_csae": True}, "reward.args.ignore_csae is True; ExactMatchReward takes no such argument. Did you mean ignore_case?"),
+        ("exact_match:ExactMatchReward", {"pattern": "("}, "reward.args.pattern is '('; it is not a regular expression"),
+        ("math_verify:MathVerifyReward", {"timeout": 3}, "reward.args.timeout is 3; MathVerifyReward takes no such argument. Remove it; it takes none."),
+        ("reasoning_gym:ReasoningGymReward", {"answer_pattern": "x"}, "reward.args.answer_pattern is 'x'; it has 0 groups"),
+    ],
+)  # fmt: skip
+def test_load_built_in_reward_with_wrong_args_is_refused(actor: str, args: dict[str, Any], fault: str) -> None:
+    assert _role_fault(_config(reward={"actor": f"actors.rewards.{actor}", "args": args}), "reward").startswith(fault)
+
+
+def test_load_class_that_objects_to_its_section_is_heard(write: Write) -> None:
+    module = write(
+        "from maspo_ray.errors import ConfigError\n"
+        "class A:\n"
+        "    def score(self, prompt, completions): ...\n"
+        "    @staticmethod\n"
+        "    def check_config(reward):\n"
+        "        if reward.cpus > 1: raise ConfigError(f'reward.cpus is {reward.cpus:g}; too many. Lower it.')\n"
+    )
+    actor = {"actor": f"{module}:A"}
+    assert load_role(_config(reward=actor), "reward").__name__ == "A"
+    assert _role_fault(_config(reward={**actor, "cpus": 2}), "reward") == "reward.cpus is 2; too many. Lower it."
