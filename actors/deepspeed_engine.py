@@ -108,8 +108,9 @@ def start_engine(model: TokenModel, learner: LearnerConfig, config: ModelConfig,
         # `apply_update` reduces the gradient itself, which spares a single rank the copies that DeepSpeed's reduction makes.
         engine.enable_backward_allreduce = False
     if engine.zero_optimization_stage() == 3:
-        # `TokenModel` reads the output layer's weight outside that layer's own forward pass, where ZeRO-3 would not have gathered it.
-        deepspeed.zero.register_external_parameter(engine.module, engine.module.model.get_output_embeddings().weight)
+        # `TokenModel` reads the output layer's parameters outside that layer's own forward pass, where ZeRO-3 would not have gathered them.
+        for parameter in engine.module.model.get_output_embeddings().parameters(recurse=False):
+            deepspeed.zero.register_external_parameter(engine.module, parameter)
     return engine
 
 

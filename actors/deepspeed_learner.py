@@ -87,6 +87,7 @@ class DeepSpeedLearner:
             interface_of,
             start_engine,
         )
+        from actors.model_check import check_model
         from actors.token_model import load_token_model
 
         if (interface := interface_of(self._address)) is not None:
@@ -94,7 +95,9 @@ class DeepSpeedLearner:
         torch.set_num_threads(self._threads)
         torch.manual_seed(self._seed)
         init_process_group(self._config.gpus)
-        model = load_token_model(self._model_config, self._config.lora)
+        self._device = device_of()
+        model = load_token_model(self._model_config, self._config.lora, self._device)
+        check_model(model, self._model_config, self._config, self._device)
         if model.attention == "alone" and self._config.zero_stage == 3 and self._world_size > 1:
             # A forward pass for each sequence gathers the layers each time, and ranks have different numbers of sequences.
             raise ConfigError(
@@ -103,7 +106,6 @@ class DeepSpeedLearner:
         self._engine = start_engine(model, self._config, self._model_config, self._total_updates)
         self._weights = EngineWeights(self._engine)
         self._update_size = UpdateSize(self._engine)
-        self._device = device_of()
 
     def train_step(self, version: int, plans: Sequence[RankPlan], *payloads: Any) -> list[UpdateReport]:
         from actors.learner_metrics import reduce_breakdown

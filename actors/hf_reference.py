@@ -28,11 +28,14 @@ class HFReference:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         import torch
 
+        from actors.model_check import check_model
         from actors.token_model import load_token_model
 
         torch.set_num_threads(self._threads)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = load_token_model(self._config).eval().requires_grad_(False).to(self._device)
+        model = load_token_model(self._config, device=self._device).requires_grad_(False)
+        check_model(model, self._config, None, self._device)
+        self._model = model.to(self._device)
 
     def completion_logprobs(self, group: SampledGroup) -> tuple[Sequence[NDArray[np.float32]], int]:
         from actors.token_model import completion_logprobs

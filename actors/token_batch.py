@@ -79,3 +79,8 @@ def lay_out(bundles: Sequence[Bundled], device: torch.device) -> TokenBatch:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device)
 
     return TokenBatch(tensor(ids)[None], tensor(positions)[None], tuple(trees), tensor(targets), tensor(predictors))
+
+
+def apart(bundles: Sequence[Bundled]) -> list[Bundled]:
+    """Returns the bundles with a copy of the prompt for each completion."""
+    return [(prompt, [completion]) for prompt, completions in bundles for completion in completions]

@@ -11,11 +11,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from actors.token_batch import Tree
 
 NAME = "maspo_trees"
+
+
+class CannotShare(Exception):
+    """A model's attention is more than `tree_attention` computes."""
 
 
 def tree_attention(
@@ -25,7 +29,7 @@ def tree_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    trees: Sequence[Tree],
+    trees: Sequence[Tree] | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **others: Any,
@@ -38,10 +42,16 @@ def tree_attention(
     Args:
         query: [1, heads, tokens, d]; key and value: [1, key-value heads, tokens, d].
         attention_mask: None, since `trees` says which tokens attend to which.
+
+    Raises:
+        CannotShare: the model does not hand its arguments on, or hands on some that are not known here.
     """
-    assert attention_mask is None and dropout == 0.0, "trees are the mask, and a policy's log-probs have no dropout"
+    if trees is None or attention_mask is not None:
+        raise CannotShare("the model's attention has a mask of its own, or is not given the trees")
+    assert dropout == 0.0, "a policy's log-probs have no dropout"
     unknown = [name for name in ("softcap", "s_aux", "sliding_window", "position_bias") if others.get(name) is not None]
-    assert not unknown, f"this model's attention has {unknown}, which trees do not know"
+    if unknown:
+        raise CannotShare(f"the model's attention has {unknown}, which trees do not know")
     repeats = query.shape[1] // key.shape[1]
     # Repeated here rather than by `enable_gqa`, which not every device has a kernel for when there is a mask.
     key, value = (x.repeat_interleave(repeats, dim=1) if repeats > 1 else x for x in (key, value))
@@ -80,7 +90,18 @@ def _branch_mask(branch_tokens: int, prompt_tokens: int, device: torch.device) -
     return ones.tril(prompt_tokens)
 
 
+def _no_mask(*, local_size: int | None = None, use_vmap: bool = False, **_others: Any) -> None:
+    """Returns no mask where the model asks for a causal one; the signature is transformers'.
+
+    Raises:
+        CannotShare: the mask is a window's, a chunk's or one of the model's own making.
+    """
+    if local_size is not None or use_vmap:
+        raise CannotShare("the model's attention has a window, or a mask of its own making")
+
+
 AttentionInterface.register(NAME, tree_attention)
+AttentionMaskInterface.register(NAME, _no_mask)
 
 
 def tree_mask(trees: Sequence[Tree], device: torch.device) -> Any:

@@ -5,6 +5,7 @@ a masked value, even a NaN, reaches neither a result nor a gradient; `[tokens, v
 forward nor in the backward pass.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 from maspo_ray.errors import ConfigError
 
 KLEstimator = Literal["k1", "k2", "k3"]
+
+LogitTransform = Callable[[Tensor], Tensor]
+"""[tokens, rows] products of the output embedding → [tokens, vocab] logits, each token's of its own alone: a soft cap, a scale."""
 
 MAX_LOG_RATIO = 20.0
 """Bound of log-ratios before `exp`: e^20 is 4.9e8, whose square still fits float32."""
@@ -70,6 +74,7 @@ def chunked_logprobs(
     temperature: float,
     chunk_tokens: int = 512,
     bias: Tensor | None = None,
+    transform: LogitTransform | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns the log-probs of `targets` and the entropy of each token's distribution, both [tokens] float32.
 
@@ -82,6 +87,7 @@ def chunked_logprobs(
         targets: [tokens] int64.
         temperature: divides the logits, as in sampling.
         bias: [vocab], of the output embedding.
+        transform: what the architecture makes of the output embedding's products; None where these are the logits.
 
     Raises:
         ConfigError: the temperature is not above 0, or the chunk has no tokens.
@@ -90,7 +96,9 @@ def chunked_logprobs(
         raise ConfigError(f"temperature is {temperature}; log-probs need one above 0. Set rollout.temperature to 1.0.")
     if chunk_tokens < 1:
         raise ConfigError(f"chunk_tokens is {chunk_tokens}; it must be at least 1. Raise it.")
-    found: tuple[Tensor, Tensor] = _ChunkedLogprobs.apply(hidden, weight, bias, targets, temperature, chunk_tokens)
+    found: tuple[Tensor, Tensor] = _ChunkedLogprobs.apply(
+        hidden, weight, bias, targets, temperature, chunk_tokens, transform
+    )
     return found
 
 
@@ -106,17 +114,18 @@ class _ChunkedLogprobs(torch.autograd.Function):
         targets: Tensor,
         temperature: float,
         chunk_tokens: int,
+        transform: LogitTransform | None,
     ) -> tuple[Tensor, Tensor]:
         logprobs, entropy, log_norm = (hidden.new_empty(len(targets), dtype=compute_dtype(hidden)) for _ in range(3))
         for start in range(0, len(targets), chunk_tokens):
             part = slice(start, start + chunk_tokens)
-            logits = _logits(hidden[part], weight, bias, temperature)
+            logits = _logits(hidden[part], weight, bias, temperature, transform)
             log_norm[part] = torch.logsumexp(logits, dim=-1)
             logprobs[part] = logits.gather(-1, targets[part, None])[:, 0] - log_norm[part]
             # A logit of -inf has probability 0; `entr` takes 0 log 0 as 0 where a product would be NaN.
             entropy[part] = torch.special.entr(logits.sub_(log_norm[part, None]).exp_()).sum(dim=-1)
         ctx.save_for_backward(hidden, weight, bias, targets, log_norm)
-        ctx.temperature, ctx.chunk_tokens = temperature, chunk_tokens
+        ctx.temperature, ctx.chunk_tokens, ctx.transform = temperature, chunk_tokens, transform
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
@@ -130,20 +139,40 @@ class _ChunkedLogprobs(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
         for start in range(0, len(targets), ctx.chunk_tokens):
             part = slice(start, start + ctx.chunk_tokens)
+            grad_logits, pull_back = _linked_logits(hidden[part], weight, bias, ctx.temperature, ctx.transform)
             # ∂ log π(target) / ∂ logits = (1[target] − π) / temperature
-            grad_logits = _logits(hidden[part], weight, bias, ctx.temperature).sub_(log_norm[part, None]).exp_()
-            grad_logits.mul_(-grad_logprobs[part, None])
+            grad_logits.sub_(log_norm[part, None]).exp_().mul_(-grad_logprobs[part, None])
             grad_logits.scatter_add_(1, targets[part, None], grad_logprobs[part, None])
-            grad_logits = grad_logits.to(weight.dtype)
+            grad_logits = pull_back(grad_logits).to(weight.dtype)
             grad_hidden[part] = grad_logits @ weight
             if grad_weight is not None:
                 grad_weight.addmm_(grad_logits.T, hidden[part])
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(dim=0)
-        return grad_hidden, grad_weight, grad_bias, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, transform: LogitTransform | None
+) -> Tensor:
     """Returns [tokens, vocab] logits at the temperature, of at least float32."""
-    logits = F.linear(hidden, weight, bias)
+    product = F.linear(hidden, weight, bias)
+    logits = product if transform is None else transform(product)
     return logits.to(compute_dtype(logits)).div_(temperature)
+
+
+def _linked_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, transform: LogitTransform | None
+) -> tuple[Tensor, LogitTransform]:
+    """Returns `_logits`, and what turns a gradient of the architecture's logits into one of the output embedding's products."""
+    if transform is None:
+        return _logits(hidden, weight, bias, temperature, None), lambda gradient: gradient
+    # Autograd knows of this chunk, and of the transform alone.
+    product = F.linear(hidden, weight, bias).requires_grad_()
+    with torch.enable_grad():
+        logits = transform(product)
+
+    def pull_back(gradient: Tensor) -> Tensor:
+        return torch.autograd.grad(logits, product, gradient.to(logits.dtype))[0]
+
+    return logits.detach().to(compute_dtype(logits)) / temperature, pull_back

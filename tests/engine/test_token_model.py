@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
 
 from actors.lora import adapters_of, weights_of
-from actors.token_batch import Bundled, Tree, lay_out
-from actors.token_model import TokenModel, attention_of, completion_logprobs, load_token_model
+from actors.token_batch import Bundled, Tree, apart, lay_out
+from actors.token_model import TokenModel, completion_logprobs, load_token_model
 from actors.tree_attention import tree_mask
 from maspo_ray.config import LoraConfig, ModelConfig
 from maspo_ray.errors import ConfigError
@@ -43,14 +43,10 @@ def _bundles(seed: int) -> list[Bundled]:
     return [(ids(5), [ids(n) for n in (9, 1, 4)]), (ids(1), [ids(3)]), (ids(7), [ids(n) for n in (1, 1, 6, 12)])]
 
 
-def _apart(bundles: list[Bundled]) -> list[Bundled]:
-    return [(prompt, [completion]) for prompt, completions in bundles for completion in completions]
-
-
 def _plain(model: torch.nn.Module, bundles: list[Bundled]) -> torch.Tensor:
     """Returns the completions' log-probs, one sequence after the other through transformers' own forward pass."""
     rows = []
-    for prompt, [completion] in _apart(bundles):
+    for prompt, [completion] in apart(bundles):
         ids = torch.from_numpy(np.concatenate([prompt, completion]).astype(np.int64))
         logits = model(input_ids=ids[None]).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
         rows.append(logits.log_softmax(-1).gather(1, ids[len(prompt) :, None])[:, 0])
@@ -75,7 +71,7 @@ def test_packed_logprobs_and_gradients_equal_those_of_sequences_alone(tmp_path: 
     plain = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32)
     bundles = _bundles(1)
     expected, expected_gradients = _with_gradients(plain, _plain(plain, bundles))
-    batch = lay_out(bundles if shared else _apart(bundles), torch.device("cpu"))
+    batch = lay_out(bundles if shared else apart(bundles), torch.device("cpu"))
     logprobs, gradients = _with_gradients(token_model.model, token_model(batch, TEMPERATURE)[0])
     assert (logprobs - expected).abs().max() < 1e-5 * expected.abs().max()
     for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
@@ -92,7 +88,7 @@ def test_models_that_cannot_share_a_prompt_are_exact_without(tmp_path: Path, kin
     plain = type(token_model.model).from_pretrained(path, dtype=torch.float32)
     bundles = _bundles(2)
     expected, expected_gradients = _with_gradients(plain, _plain(plain, bundles))
-    batch = lay_out(_apart(bundles), torch.device("cpu"))
+    batch = lay_out(apart(bundles), torch.device("cpu"))
     logprobs, gradients = _with_gradients(token_model.model, token_model(batch, TEMPERATURE)[0])
     assert (logprobs - expected).abs().max() < 1e-5 * expected.abs().max()
     for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
@@ -106,10 +102,10 @@ def test_models_that_cannot_share_a_prompt_are_exact_without(tmp_path: Path, kin
 def test_neighbours_in_a_row_do_not_change_a_sequence(tmp_path: Path, implementation: Any) -> None:
     config = ModelConfig(path=_save(tmp_path, "llama"), dtype="float32", attn_implementation=implementation)
     token_model = load_token_model(config)
-    first, *others = _apart(_bundles(3))
+    first, *others = apart(_bundles(3))
     probe = len(first[1][0])
     alone, _ = token_model(lay_out([first], torch.device("cpu")), TEMPERATURE)
-    for neighbours in (others, _apart(_bundles(4))):
+    for neighbours in (others, apart(_bundles(4))):
         packed, _ = token_model(lay_out([*neighbours, first], torch.device("cpu")), TEMPERATURE)
         assert (packed[-probe:] - alone).abs().max() < 1e-5
 
@@ -124,33 +120,11 @@ def test_block_mask_lets_a_branch_see_its_prompt_and_itself_only() -> None:
     assert attends(None, None, index[:, None], index[None, :]).tolist() == expected
 
 
-@pytest.mark.parametrize(
-    ("keys", "supports", "implementation", "attention"),
-    [
-        ({}, True, "sdpa", "trees"),
-        ({}, True, "flex_attention", "blocks"),
-        ({}, True, "flash_attention_2", "packed"),
-        ({}, True, "eager", "packed"),
-        ({}, False, "sdpa", "alone"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, True, "flex_attention", "packed"),
-        ({"layer_types": ["full_attention", "linear_attention"]}, True, "sdpa", "alone"),
-        ({"sliding_window": 16}, True, "sdpa", "packed"),
-    ],
-)
-def test_attention_follows_from_the_models_layers(
-    keys: dict[str, Any], supports: bool, implementation: str, attention: str
-) -> None:
-    config = LlamaConfig(**SIZES, **HEADS)
-    for name, value in keys.items():
-        setattr(config, name, value)
-    assert attention_of(config, supports, implementation) == attention
-
-
 def test_output_layers_bias_counts(tmp_path: Path) -> None:
     model = LlamaForCausalLM(LlamaConfig(**SIZES, **HEADS, tie_word_embeddings=False, attn_implementation="eager"))
     model.lm_head = torch.nn.Linear(64, 64, bias=True)
     bundles = _bundles(5)
-    logprobs, _ = TokenModel(model, "packed")(lay_out(_apart(bundles), torch.device("cpu")), TEMPERATURE)
+    logprobs, _ = TokenModel(model, "packed")(lay_out(apart(bundles), torch.device("cpu")), TEMPERATURE)
     _assert_close(logprobs.detach(), _plain(model, bundles).detach())
 
 

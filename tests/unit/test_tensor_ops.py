@@ -134,6 +134,28 @@ def test_chunked_logprobs_any_chunk_size_equals_the_plain_form_with_gradients(
         assert (grad - expected_grad).norm() <= 1e-5 * expected_grad.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_chunked_logprobs_a_transform_of_the_logits_counts_with_its_gradient(dtype: torch.dtype) -> None:
+    hidden, weight, bias, targets = _inputs(dtype)
+    kept = VOCAB - 3
+    targets = targets % kept
+
+    def transform(products: Tensor) -> Tensor:
+        # A scale, a soft cap that the logits reach, and rows of padding that are cut.
+        return (2.0 * torch.tanh(products * 0.5 / 2.0))[..., :kept]
+
+    leaves, cotangent = [hidden, weight, bias], torch.linspace(-1, 2, TOKENS)
+    table = torch.log_softmax(transform(hidden @ weight.T + bias) / 0.7, dim=-1)
+    expected = table[torch.arange(TOKENS), targets]
+    expected_grads = torch.autograd.grad((expected * cotangent).sum(), leaves)
+    logprobs, entropy = chunked_logprobs(hidden, weight, targets, 0.7, 5, bias, transform)
+    grads = torch.autograd.grad((logprobs * cotangent).sum(), leaves)
+    torch.testing.assert_close(logprobs, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(entropy, -(table.exp() * table).sum(-1).detach(), rtol=1e-5, atol=1e-6)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert (grad - expected_grad).norm() <= 1e-5 * expected_grad.norm()
+
+
 def test_chunked_logprobs_two_logits_give_hand_values() -> None:
     # Logits (log 3, 0) at temperature 1: p = (3/4, 1/4). At temperature 1/2: (9, 1)/10.
     hidden, weight = torch.tensor([[1.0]]), torch.tensor([[math.log(3)], [0.0]])
