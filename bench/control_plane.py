@@ -17,7 +17,7 @@ answer and does nothing with it. `with_simulation` is the figure with nothing ta
 beside the median.
 
 Memory is what tracemalloc counts, in a run of its own since counting slows it: RSS comes in pages that the allocator keeps, and blocks
-(`sys.getallocatedblocks`) have no size. That run has 4,096 groups in flight. It is taken after each weight update, at a full garbage
+(`sys.getallocatedblocks`) have no size. That run has 1,024 groups in flight. It is taken after each weight update, at a full garbage
 collection, so that as many groups are in flight each time, from when the first of them have left to when the last are admitted. The slope
 is by least squares, with its standard error.
 
@@ -50,9 +50,9 @@ from maspo_ray.pipeline.loop import Pipeline
 SIZES = (64, 1024)
 GROUPS_PER_STEP, MAX_STALENESS, SAMPLES, RANKS = 4096, 3, 8, 64
 IN_FLIGHT = GROUPS_PER_STEP * (MAX_STALENESS + 1)
-REPEATS, STEPS = 3, 8
+REPEATS, STEPS = 3, 5
 # A smaller step, of which there are more looks: what is in flight moves less from one to the next.
-MEMORY_GROUPS_PER_STEP, MEMORY_STEPS, MEMORY_FIRST_LOOK = 1024, 120, 8
+MEMORY_GROUPS_PER_STEP, MEMORY_STEPS, MEMORY_FIRST_LOOK = 256, 160, 8
 
 
 @dataclass(frozen=True, slots=True)

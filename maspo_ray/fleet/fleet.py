@@ -13,6 +13,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from maspo_ray.config import RewardConfig, RunConfig
+from maspo_ray.errors import RunError
 from maspo_ray.fleet.actor_logs import ACTOR_LOGS
 from maspo_ray.fleet.blueprint import constructor_arguments
 from maspo_ray.fleet.calls import await_all, await_named
@@ -32,6 +33,8 @@ _MORE_CALLS = 4096
 weight update, which must not queue behind groups. How many completions an engine works on at once is its host's affair
 (`rollout.max_concurrent_requests`)."""
 _GRACE_S = 10.0
+_STATE_S = 120.0
+"""Ray's own state is asked for in every step; it comes within milliseconds while its head lives."""
 
 
 def score_deadline_s(reward: RewardConfig, group_size: int) -> float:
@@ -56,7 +59,7 @@ class Fleet:
             for role in ("rollout", "reward", "reference", "learner")
         }
         deadlines = LearnerDeadlines.of(config.pipeline, config.checkpoint)
-        self.learner = LearnerGroup(self._actors["learner"], config.learner, config.rollout, deadlines)
+        self.learner = LearnerGroup(self, config.learner, config.rollout, deadlines)
 
     def handle(self, role: str, replica: int) -> Any:
         """Returns the handle of the actor that is a role's replica now; to be looked up for each call."""
@@ -73,7 +76,12 @@ class Fleet:
 
     @staticmethod
     async def object_store_used_bytes() -> float:
-        return await asyncio.to_thread(object_store_used_bytes)
+        try:
+            async with asyncio.timeout(_STATE_S):
+                return await asyncio.to_thread(object_store_used_bytes)
+        except TimeoutError:
+            silence = f"Ray has not said for {_STATE_S:g} s how full its object store is"
+            raise RunError(f"{silence}: its head is gone, or overloaded. See `ray status`.") from None
 
     def create_here(self, actor_class: type) -> Any:
         """Returns an actor of the framework's own on this process's node, which sees the run's folder; it takes none of the CPUs. Its
@@ -142,7 +150,7 @@ class Fleet:
         await asyncio.gather(self.learner.setup(note), await_all(self._config.pipeline.setup_timeout_s, where, calls))
         await self._connect_rewards()
         for replicas in self.transfer_sets:
-            await self.learner.connect(replicas, [self.handle("rollout", replica) for replica in replicas])
+            await self.learner.connect(replicas)
 
     async def _connect_rewards(self) -> None:
         """Tells the rollout hosts where completions are scored."""

@@ -1,6 +1,6 @@
 """The learner's ranks as one thing: typed calls, each to all ranks at once and with a deadline of its own.
 
-Promise: a rank that fails or does not answer is named; where a weight transfer hangs because of an engine, the engine is named. Holds
+Promise: every rank and engine is looked up when it is called. A rank that fails or does not answer is named; where a weight transfer hangs because of an engine, the engine is named. Holds
 no weights and decides nothing: what a rank does is its actor's (`protocols.LearnerActor`).
 """
 
@@ -16,6 +16,7 @@ from maspo_ray.config import CheckpointConfig, LearnerConfig, PipelineConfig, Ro
 from maspo_ray.errors import ActorError, ActorLate
 from maspo_ray.experience import PublishReport, UpdateReport
 from maspo_ray.fleet.calls import await_all, await_named
+from maspo_ray.fleet.handles import Handles
 from maspo_ray.packing import RankPlan
 from maspo_ray.weight_sync import backend_for
 
@@ -47,23 +48,23 @@ class LearnerGroup:
     """The learner.
 
     Args:
-        handles: of the ranks, in their order.
+        actors: where its ranks are found, and the rollout actors that it sends its weights to.
     """
 
     def __init__(
-        self, handles: Sequence[Any], learner: LearnerConfig, rollout: RolloutConfig, deadlines: LearnerDeadlines
+        self, actors: Handles, learner: LearnerConfig, rollout: RolloutConfig, deadlines: LearnerDeadlines
     ) -> None:
-        self._handles = list(handles)
+        self._actors = actors
         self._wants_shared_prompts = learner.share_prompts
         self._rollout_gpus = rollout.gpus
         self._deadlines = deadlines
         self._shares_prompts = False
-        self._engines: dict[tuple[int, ...], tuple[Any, ...]] = {}
+        self._connected: set[tuple[int, ...]] = set()
 
     @property
     def data_ranks(self) -> int:
         """How many shares a batch is dealt into."""
-        return len(self._handles)
+        return self._actors.count("learner")
 
     @property
     def shares_prompts(self) -> bool:
@@ -72,22 +73,21 @@ class LearnerGroup:
 
     async def setup(self, note: Callable[[str], None]) -> None:
         """Sets up all ranks; `note` is told of each, and where prompts cannot be shared though the config says so."""
-        first = self._handles[0]
         seconds, deadline = self._deadlines.setup_s, "pipeline.setup_timeout_s"
 
         async def set_up(rank: int, address: str, port: int) -> None:
-            await await_named(f"learner/{rank}", "setting up", self._handles[rank].setup.remote(address, port))
+            await await_named(f"learner/{rank}", "setting up", self._rank(rank).setup.remote(address, port))
             note(f"learner/{rank} is up")
 
-        rendezvous = await_named("learner/0", "starting", first.rendezvous.remote())
+        rendezvous = await_named("learner/0", "starting", self._rank(0).rendezvous.remote())
         [(address, port)] = await await_all(
             seconds, _describe_deadline("starting", deadline), {"learner/0": rendezvous}
         )
-        calls = {f"learner/{rank}": set_up(rank, address, port) for rank in range(len(self._handles))}
+        calls = {f"learner/{rank}": set_up(rank, address, port) for rank in range(self.data_ranks)}
         await await_all(seconds, _describe_deadline("setting up", deadline), calls)
         if not self._wants_shared_prompts:
             return
-        asked = [handle.shares_prompts.remote() for handle in self._handles]
+        asked = [handle.shares_prompts.remote() for handle in self._ranks()]
         self._shares_prompts = await self._answer("setting up", asked, seconds, deadline)
         if not self._shares_prompts:
             note(
@@ -95,16 +95,14 @@ class LearnerGroup:
                 "completion has a prompt of its own"
             )
 
-    async def connect(self, replicas: tuple[int, ...], engines: Sequence[Any]) -> None:
+    async def connect(self, replicas: tuple[int, ...]) -> None:
         """Opens a weight-transfer group to rollout actors, in place of those that any of them was in."""
-        self._engines = {known: held for known, held in self._engines.items() if not set(known) & set(replicas)}
-        self._engines[replicas] = tuple(engines)
+        self._connected = {known for known in self._connected if not set(known) & set(replicas)} | {replicas}
+        engines = tuple(self._engine(replica) for replica in replicas)
         timeout_s = self._deadlines.engine_call_s
         workers = max(1, int(self._rollout_gpus))
         backend = backend_for(self._rollout_gpus)
-        calls = [
-            handle.connect.remote(replicas, tuple(engines), workers, backend, timeout_s) for handle in self._handles
-        ]
+        calls = [rank.connect.remote(replicas, engines, workers, backend, timeout_s) for rank in self._ranks()]
         await self._transfer("connecting to the engines", calls, replicas)
 
     async def train(
@@ -118,15 +116,15 @@ class LearnerGroup:
         """
         calls = [
             handle.train_step.remote(version, plans, *payloads)
-            for handle, (plans, payloads) in zip(self._handles, shares, strict=True)
+            for handle, (plans, payloads) in zip(self._ranks(), shares, strict=True)
         ]
         reports: list[UpdateReport] = await self._step("training", calls)
         return reports
 
     async def publish(self, version: int, replicas: tuple[int, ...]) -> PublishReport:
         """Sends the weights as `version` to the actors of one `connect`ed group; the report has their pauses in its order."""
-        assert replicas in self._engines, f"no transfer group is of the rollout actors {replicas}"
-        calls = [handle.publish.remote(version, replicas) for handle in self._handles]
+        assert replicas in self._connected, f"no transfer group is of the rollout actors {replicas}"
+        calls = [handle.publish.remote(version, replicas) for handle in self._ranks()]
         report: PublishReport = await self._transfer(f"publishing version {version}", calls, replicas)
         return report
 
@@ -135,28 +133,28 @@ class LearnerGroup:
     ) -> Sequence[NDArray[np.float32]]:
         """Returns, for each pair of a prompt's and a completion's token ids, the completion's [tokens] float32 log-probs at the
         sampling temperature."""
-        calls = [handle.completion_logprobs.remote(pairs) for handle in self._handles]
+        calls = [handle.completion_logprobs.remote(pairs) for handle in self._ranks()]
         logprobs: Sequence[NDArray[np.float32]] = await self._step("scoring completions", calls)
         return logprobs
 
     async def save(self, folder: Path) -> None:
         """Writes a Hugging Face model and its tokenizer."""
         path = str(folder.resolve())
-        await self._checkpoint("saving the model", [handle.save.remote(path) for handle in self._handles])
+        await self._checkpoint("saving the model", [handle.save.remote(path) for handle in self._ranks()])
 
     async def save_state(self, folder: Path) -> None:
         """Writes what a later `load_state` of as many ranks goes on from."""
         path = str(folder.resolve())
-        await self._checkpoint("saving its state", [handle.save_state.remote(path) for handle in self._handles])
+        await self._checkpoint("saving its state", [handle.save_state.remote(path) for handle in self._ranks()])
 
     async def load_state(self, folder: Path) -> None:
         """Reads what `save_state` wrote, in place of what the model's folder holds."""
         path = str(folder.resolve())
-        await self._checkpoint("loading its state", [handle.load_state.remote(path) for handle in self._handles])
+        await self._checkpoint("loading its state", [handle.load_state.remote(path) for handle in self._ranks()])
 
     def end(self) -> list[Any]:
         """Asks every rank to end; returns what is ready when they have."""
-        return [handle.shutdown.remote() for handle in self._handles]
+        return [handle.shutdown.remote() for handle in self._ranks()]
 
     async def _step(self, doing: str, calls: Sequence[Awaitable[Any]]) -> Any:
         return await self._answer(doing, calls, self._deadlines.step_s, "pipeline.step_timeout_s")
@@ -184,13 +182,23 @@ class LearnerGroup:
         Raises:
             ActorError: some did not give it, and are named; one that has died, by itself.
         """
-        actors = [f"rollout/{replica}" for replica in replicas]
         calls = {
-            actor: await_named(actor, "transferring weights", engine.check.remote())
-            for actor, engine in zip(actors, self._engines[replicas], strict=True)
+            f"rollout/{replica}": await_named(
+                f"rollout/{replica}", "transferring weights", self._engine(replica).check.remote()
+            )
+            for replica in replicas
         }
         where = _describe_deadline("transferring weights", "pipeline.weight_sync_timeout_s")
         await await_all(self._deadlines.engine_call_s, where, calls)
+
+    def _rank(self, rank: int) -> Any:
+        return self._actors.handle("learner", rank)
+
+    def _ranks(self) -> list[Any]:
+        return [self._rank(rank) for rank in range(self.data_ranks)]
+
+    def _engine(self, replica: int) -> Any:
+        return self._actors.handle("rollout", replica)
 
     async def _answer(self, doing: str, calls: Sequence[Awaitable[Any]], seconds: float, deadline: str) -> Any:
         """Returns what rank 0 answers, once all have."""

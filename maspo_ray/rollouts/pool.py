@@ -10,11 +10,12 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from maspo_ray.errors import ActorGone, RunError
 from maspo_ray.experience import Prompt, Rollout, Sampling
 from maspo_ray.fleet.calls import await_all, await_named, failures_named, late_error
+from maspo_ray.fleet.handles import Handles
 from maspo_ray.hosts.engine_table import EngineTable, ReplicaState
 from maspo_ray.hosts.messages import Beat, Ended, Expired, Priority, SampleRequest
 from maspo_ray.rollouts.error_watch import ErrorWatch, Purpose
@@ -24,14 +25,6 @@ _ASKED_TIMES = 20
 """An engine that is silent is asked so many times within its deadline how it fares, at most."""
 _SHOWN = 4
 """Engines that a line of text names."""
-
-
-class Handles(Protocol):
-    """Where actors are found."""
-
-    def handle(self, role: str, replica: int) -> Any: ...
-
-    def count(self, role: str) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,19 +136,22 @@ class RolloutPool:
         request_id = next(self._request_ids)
         open_request = self._requests[request_id] = _Request(replica, cost, len(seeds), self._now())
         track = self._tracks[replica]
+        # None for a call that failed or was given up, which is no sign of life.
+        answered_at: float | None = None
         try:
             with failures_named(track.actor, "generating"), track.span("generate", samples=len(seeds)):
                 request = SampleRequest(request_id, prompt, sampling, tuple(seeds), priority, scored)
                 # The payload stays where it is; the engine's own word of it is looked at.
                 payload, answer = self._actors.handle("rollout", replica).sample.options(num_returns=2).remote(request)
                 said: Ended | Expired = await answer
+                answered_at = self._now()
         except ActorGone:
             # What it has taken stays with it; nobody is sent to it any more.
             self.table.set_state([replica], ReplicaState.AWAY)
             raise
         finally:
             del self._requests[request_id]
-            self.table.give_back(replica, cost * open_request.unfinished, self._now())
+            self.table.give_back(replica, cost * open_request.unfinished, answered_at)
         if isinstance(said, Expired):
             return None
         self._note_scoring(said)

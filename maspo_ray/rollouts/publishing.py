@@ -13,8 +13,8 @@ from maspo_ray.config import Dtype
 from maspo_ray.errors import RunError
 from maspo_ray.experience import PublishReport, UpdateReport
 from maspo_ray.fleet.calls import await_all, await_named
+from maspo_ray.fleet.handles import Handles
 from maspo_ray.hosts.engine_table import EngineTable, ReplicaState
-from maspo_ray.rollouts.pool import Handles
 from maspo_ray.run_dir.timeline import Timeline
 
 _LEAST_CHANGE: Mapping[Dtype, float] = {"float32": 2**-33, "bfloat16": 2**-18}

@@ -10,8 +10,8 @@ from typing import Any
 from maspo_ray.errors import RunError
 from maspo_ray.experience import Group
 from maspo_ray.fleet.calls import failures_named, late_error
+from maspo_ray.fleet.handles import Handles
 from maspo_ray.hosts.engine_table import EngineTable
-from maspo_ray.rollouts.pool import Handles
 from maspo_ray.run_dir.timeline import Timeline
 
 
@@ -37,13 +37,16 @@ class ReferencePool:
         if replica is None:
             raise RunError("no reference actor is up. See their logs.")
         track = self._timeline.track(f"reference/{replica}")
+        # None for a call that failed or was given up, which is no sign of life.
+        answered_at: float | None = None
         try:
             with failures_named(track.actor, "scoring"), track.span("score"):
                 call = self._actors.handle("reference", replica).completion_logprobs.options(num_returns=2)
                 logprobs, num_tokens = call.remote(group.payload)
                 await num_tokens
+                answered_at = self._now()
         finally:
-            self._table.give_back(replica, tokens, self._now())
+            self._table.give_back(replica, tokens, answered_at)
         return logprobs
 
     def check_silence(self) -> None:

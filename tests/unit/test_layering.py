@@ -67,6 +67,7 @@ FLOORS: dict[str, list[str]] = {
         "transfer_sets",
         "actor_logs",
         "calls",
+        "handles",
         "reward_calls",
         "learner_group",
         "fleet",

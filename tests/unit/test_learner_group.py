@@ -42,9 +42,26 @@ class _Rank:
         return SimpleNamespace(remote=call)
 
 
-def _group(*ranks: _Rank, share_prompts: bool = False) -> LearnerGroup:
+class _Actors:
+    """Where the ranks and the engines are found, the latter by their replicas."""
+
+    def __init__(self, ranks: Sequence[_Rank], engines: dict[int, Any]) -> None:
+        self.roles: dict[str, Any] = {"learner": list(ranks), "rollout": engines}
+
+    def handle(self, role: str, replica: int) -> Any:
+        return self.roles[role][replica]
+
+    def count(self, role: str) -> int:
+        return len(self.roles[role])
+
+
+def _group_of(actors: _Actors, share_prompts: bool = False) -> LearnerGroup:
     learner = LearnerConfig(max_tokens_per_micro_batch=64, share_prompts=share_prompts)
-    return LearnerGroup(ranks, learner, RolloutConfig(), DEADLINES)
+    return LearnerGroup(actors, learner, RolloutConfig(), DEADLINES)
+
+
+def _group(*ranks: _Rank, share_prompts: bool = False, engines: dict[int, Any] | None = None) -> LearnerGroup:
+    return _group_of(_Actors(ranks, engines or {}), share_prompts)
 
 
 def _engine(check: Callable[[], Coroutine[Any, Any, None]]) -> Any:
@@ -90,8 +107,8 @@ def test_calls_give_each_rank_its_share_and_return_what_rank_0_answers(tmp_path:
     pairs: Any = [("prompt", "completion")]
 
     async def run() -> list[Any]:
-        group = _group(*ranks)
-        await group.connect((2, 3), ["engine 2", "engine 3"])
+        group = _group(*ranks, engines={2: "engine 2", 3: "engine 3"})
+        await group.connect((2, 3))
         answers = [await group.train(6, shares), await group.publish(7, (2, 3)), await group.logprobs(pairs)]
         await group.save(tmp_path / "a" / ".." / "b")
         await group.save_state(tmp_path / "c")
@@ -151,7 +168,7 @@ CALLS: dict[str, tuple[str, Callable[[LearnerGroup], Coroutine[Any, Any, Any]], 
     ),
     "connect": (
         "connect",
-        lambda group: group.connect((0,), [_engine(_alive)]),
+        lambda group: group.connect(()),
         "0.12 s while connecting to the engines",
         "pipeline.weight_sync_timeout_s",
     ),
@@ -180,8 +197,9 @@ def _publish(rank: _Rank, engines: list[Callable[[], Coroutine[Any, Any, None]]]
     replicas = tuple(range(3, 3 + len(engines)))
 
     async def run() -> Any:
-        group = _group(rank)
-        await group.connect(replicas, [_engine(check) for check in engines])
+        handles = {replica: _engine(check) for replica, check in zip(replicas, engines, strict=True)}
+        group = _group(rank, engines=handles)
+        await group.connect(replicas)
         return await group.publish(3, replicas)
 
     return asyncio.run(run())
@@ -209,14 +227,30 @@ def test_publish_in_time_asks_no_engine() -> None:
 
 def test_publish_to_a_group_that_another_has_replaced_is_a_bug() -> None:
     async def run() -> None:
-        group = _group(_Rank())
-        await group.connect((0, 1), [_engine(_alive)] * 2)
-        await group.connect((1,), [_engine(_alive)])
+        group = _group(_Rank(), engines=dict.fromkeys(range(2), _engine(_alive)))
+        await group.connect((0, 1))
+        await group.connect((1,))
         await group.publish(3, (1,))
         await group.publish(3, (0, 1))
 
     with pytest.raises(AssertionError, match=r"no transfer group is of the rollout actors \(0, 1\)"):
         asyncio.run(run())
+
+
+def test_replica_that_was_replaced_is_called_by_its_new_handle() -> None:
+    old, new = _Rank(), _Rank()
+    actors = _Actors([old], {0: "old engine"})
+
+    async def run() -> None:
+        group = _group_of(actors)
+        await group.connect((0,))
+        actors.roles = {"learner": [new], "rollout": {0: "new engine"}}
+        await group.connect((0,))
+        await group.publish(1, (0,))
+
+    asyncio.run(run())
+    assert [call[:3] for call in old.given] == [("connect", (0,), ("old engine",))]
+    assert [call[:3] for call in new.given] == [("connect", (0,), ("new engine",)), ("publish", 1, (0,))]
 
 
 @pytest.mark.parametrize(

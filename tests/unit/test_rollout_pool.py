@@ -229,6 +229,26 @@ def test_check_silence_ends_the_run_where_an_engine_ends_nothing(ends_some: bool
     asyncio.run(run())
 
 
+def test_call_that_was_given_up_is_no_sign_of_life_and_one_that_was_answered_is() -> None:
+    async def run() -> list[float]:
+        engines = _Engines(1)
+        pool = _pool(engines)
+        tasks = [asyncio.ensure_future(pool.sample(_prompt(2), Sampling(1.0, 4), [5])) for _ in range(3)]
+        await asyncio.sleep(0.1)
+        now, silences = asyncio.get_running_loop().time, []
+        tasks[0].cancel()
+        await asyncio.wait(tasks[:1])
+        silences.append(pool.table.silences(now())[0])
+        engines.asked[1][2].set_result(_ended(1))
+        await tasks[1]
+        silences.append(pool.table.silences(now())[0])
+        tasks[2].cancel()
+        return silences
+
+    given_up, answered = asyncio.run(run())
+    assert answered < 0.1 <= given_up
+
+
 def test_check_silence_of_engines_without_work_asks_nobody() -> None:
     async def run() -> list[int | None]:
         engines = _Engines(2)
