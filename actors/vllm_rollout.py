@@ -1,7 +1,8 @@
 """Rollout actor on vLLM's `AsyncLLM`: token ids in, token ids and behaviour log-probs out.
 
-Promise: every token comes with its log-prob at the sampling temperature and the weight version that sampled it, both stamped by
-the engine. Weights change in flight: what is running goes on under the new ones.
+Promise: every token comes with its log-prob at the sampling temperature, which is what the learner computes, also where only a part of the
+policy is sampled from (`top_p` and the like); and with the weight version that sampled it. Both are stamped by the engine. Weights change
+in flight: what is running goes on under the new ones.
 """
 
 import os
@@ -24,8 +25,9 @@ def engine_arguments(model: ModelConfig, rollout: RolloutConfig, max_model_token
         "seed": seed,
         "max_model_len": max_model_tokens,
         "max_num_seqs": rollout.max_concurrent_requests,
-        # What the learner must match: the distribution after the temperature.
-        "logprobs_mode": "processed_logprobs",
+        # What the learner can match: the distribution after the temperature, before tokens are taken from it. Where none are, vLLM's own
+        # processed log-probs are just that; else its raw ones, which `LogprobTemperature` brings to the temperature.
+        "logprobs_mode": "raw_logprobs" if rollout.reshaping else "processed_logprobs",
         # The model folder's own sampling defaults (top_p and the like) would change the behaviour policy unseen.
         "generation_config": "vllm",
         "weight_transfer_config": {"backend": backend_for(rollout.gpus)},
@@ -33,14 +35,14 @@ def engine_arguments(model: ModelConfig, rollout: RolloutConfig, max_model_token
         "disable_log_stats": True,
     }
     if rollout.gpus > 0:
-        arguments["worker_extension_cls"] = "maspo_ray.weight_sync.checksum.ChecksumWorkerExtension"
+        arguments["worker_extension_cls"] = "actors.vllm_worker.GpuWorkerExtension"
         arguments["tensor_parallel_size"] = max(1, int(rollout.gpus))
         if rollout.gpus > 1:
             # In a placement group vLLM would otherwise ask Ray for GPUs of its own, which this actor already holds.
             arguments["distributed_executor_backend"] = "mp"
     else:
         # Importing it registers the gloo backend in the engine's process.
-        arguments["worker_extension_cls"] = "maspo_ray.weight_sync.gloo_engine.GlooWorkerExtension"
+        arguments["worker_extension_cls"] = "actors.vllm_worker.CpuWorkerExtension"
         arguments["kv_cache_memory_bytes"] = int(rollout.kv_cache_gib * 2**30)
         arguments["enforce_eager"] = True
         # vLLM's CPU default is 128: the samples of a prompt share whole blocks of it, and most prompts here are shorter.
@@ -90,6 +92,10 @@ class VLLMRollout:
         os.environ.update({"TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1"})
         if self._rollout.gpus == 0:
             os.environ.update(cpu_environment(self._threads))
+        rescored = self._rollout.reshaping and self._rollout.temperature != 1
+        if rescored:
+            # The sampler that `score_at_temperature` changes is that of vLLM 0.32's first model runner.
+            os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         from vllm.config import WeightTransferConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -98,6 +104,8 @@ class VLLMRollout:
         transfer = WeightTransferConfig(**arguments.pop("weight_transfer_config"))
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments, weight_transfer_config=transfer))
         await self._engine.update_weight_version("0")
+        if rescored:
+            await self._engine.collective_rpc("score_at_temperature", args=(self._rollout.temperature,))
 
     async def sample(
         self, token_ids: NDArray[np.int32], *, sampling: Sampling, seed: int | None, cache_key: str
@@ -122,6 +130,14 @@ class VLLMRollout:
         return SamplingParams(
             temperature=sampling.temperature,
             max_tokens=sampling.max_new_tokens,
+            min_tokens=sampling.min_new_tokens,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k or 0,
+            min_p=sampling.min_p,
+            stop=list(sampling.stop),
+            stop_token_ids=list(sampling.stop_token_ids),
+            # What is trained on and what the reward reads are the same: the tokens hold what ended the completion.
+            include_stop_str_in_output=bool(sampling.stop or sampling.stop_token_ids),
             seed=seed,
             logprobs=0,
             output_kind=RequestOutputKind.FINAL_ONLY,

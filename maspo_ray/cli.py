@@ -95,11 +95,13 @@ def _check(path: str, overrides: Sequence[str]) -> int:
     from maspo_ray.fleet.loading import load_plugins
     from maspo_ray.fleet.placement import config_nodes, demands, plan
     from maspo_ray.preflight import preflight
+    from maspo_ray.sampling import say_what_the_ratio_leaves_out
 
     config = load_config(path, overrides)
     preflight(config, resume=False)
     load_plugins(config)
     warn_of_slow_bfloat16(config.model, config.learner)
+    say_what_the_ratio_leaves_out(config.rollout)
     planned = plan(demands(config), config_nodes(config.placement))
     print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     print(planned.table())

@@ -28,6 +28,7 @@ from maspo_ray.rollouts.error_watch import ErrorWatch
 from maspo_ray.rollouts.pool import RolloutPool
 from maspo_ray.run_dir.journal import Journal
 from maspo_ray.run_dir.summary import RunSummary
+from maspo_ray.sampling import say_what_the_ratio_leaves_out
 
 
 def train(config: RunConfig, resume: bool = False) -> RunSummary:
@@ -40,6 +41,7 @@ def train(config: RunConfig, resume: bool = False) -> RunSummary:
     preflight(config, resume)
     plugins = load_plugins(config)
     warn_of_slow_bfloat16(config.model, config.learner)
+    say_what_the_ratio_leaves_out(config.rollout)
     with connected(config.placement) as may_grow:
         plan = wait_for_cluster(demands(config), config.placement.wait_s if may_grow else 0.0)
         check_object_store(config, object_store_bytes())

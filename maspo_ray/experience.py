@@ -49,10 +49,12 @@ class Completion:
 
     Attributes:
         token_ids: [tokens] int32, with the end-of-sequence token where it was sampled.
-        logprobs: [tokens] float32, log μ of each token at the sampling temperature.
+        logprobs: [tokens] float32, of each token under the policy that sampled it, at the sampling temperature and before `top_p`,
+            `top_k`, `min_p` and `min_new_tokens` take tokens from it.
         spans: cover [0, tokens) without gaps.
-        finish_reason: "stop" or "length" (cut off at the token limit).
-        text: the engine's decoding, special tokens left out; for rewards and people only.
+        finish_reason: "stop" (by the model, a stop string or a stop token) or "length" (cut off at the token limit).
+        text: the engine's decoding, special tokens left out; for rewards and people only. It ends with the stop string, of which the
+            last token may hold more.
     """
 
     token_ids: NDArray[np.int32]
@@ -83,10 +85,22 @@ class Sampling:
     Attributes:
         temperature: behaviour log-probs are those at this temperature.
         max_new_tokens: a completion is cut off here.
+        min_new_tokens: before it has so many tokens, nothing ends a completion.
+        top_p: the fewest tokens that together have this probability may be sampled.
+        top_k: so many most probable ones; None for all.
+        min_p: those with at least this share of the most probable one's probability.
+        stop: strings that end a completion; its tokens and its text hold the one that did.
+        stop_token_ids: tokens that end it, besides the model's own.
     """
 
     temperature: float
     max_new_tokens: int
+    min_new_tokens: int = 0
+    top_p: float = 1.0
+    top_k: int | None = None
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from maspo_ray.config.sections import PluginConfig, Section
+from maspo_ray.config.section import Section
+from maspo_ray.config.sections import PluginConfig
 
 
 class JsonlSource(Section):

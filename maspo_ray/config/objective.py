@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from maspo_ray.config.sections import Section
+from maspo_ray.config.section import Section
 
 
 class _GateConfig(Section):

@@ -84,6 +84,14 @@ class RunConfig(Section):
                 f"rollout.max_new_tokens is {self.rollout.max_new_tokens}; it must leave room for a prompt within "
                 f"rollout.max_model_tokens ({longest}). Lower it."
             )
+        shortest = max(
+            ("rollout", self.rollout.min_new_tokens), ("eval", self.eval.min_new_tokens or 0), key=lambda s: s[1]
+        )
+        if shortest[1] > self.rollout.max_new_tokens:
+            raise ValueError(
+                f"{shortest[0]}.min_new_tokens is {shortest[1]}; it may be at most rollout.max_new_tokens "
+                f"({self.rollout.max_new_tokens}). Lower it."
+            )
         overlong = self.reward.overlong
         if overlong is not None and overlong.buffer_tokens >= self.rollout.max_new_tokens:
             raise ValueError(

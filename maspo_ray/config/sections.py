@@ -6,16 +6,13 @@ Imports neither torch, ray nor vllm.
 
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from maspo_ray.config.sampling import StopStrings, StopTokens, TruncationConfig
+from maspo_ray.config.section import Section
 
 Dtype = Literal["float32", "bfloat16"]
 UpdateOrder = Literal["together", "rolling"]
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, unknown keys refused, docstrings under the fields are their descriptions."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class PluginConfig(Section):
@@ -71,11 +68,19 @@ class RoleConfig(Section):
         return self
 
 
-class RolloutConfig(RoleConfig):
+class RolloutConfig(RoleConfig, TruncationConfig):
+    """With `top_p`, `top_k`, `min_p` or `min_new_tokens` the ratio is of the whole policies, not of what they leave (docs/pipeline.md)."""
+
     actor: str = "actors.vllm_rollout:VLLMRollout"
     group_size: int = Field(8, ge=1)
     """Completions sampled for each prompt (n)."""
     max_new_tokens: int = Field(256, ge=1)
+    min_new_tokens: int = Field(0, ge=0)
+    """Sample no end-of-sequence token and none of `stop_token_ids`, and heed no `stop`, before a completion has so many tokens."""
+    stop: StopStrings = ()
+    """A completion ends where its text has one of these. Tokens and text both hold it."""
+    stop_token_ids: StopTokens = ()
+    """Tokens that end a completion, besides the model's own; they are part of it."""
     temperature: float = Field(1.0)
     """Behaviour log-probs are those at this temperature, so it must be above 0."""
     max_concurrent_requests: int = Field(128, ge=1)
@@ -126,6 +131,19 @@ class RolloutConfig(RoleConfig):
         if value > 2:
             raise ValueError("vLLM samples at temperatures up to 2. Set it to 1.0")
         return value
+
+    @field_validator("top_k")
+    @classmethod
+    def _more_than_one_token(cls, value: int | None) -> int | None:
+        if value == 1:
+            raise ValueError("completions of a group would all be the same. Set it to 2 or more, or remove it")
+        return value
+
+    @property
+    def reshaping(self) -> tuple[str, ...]:
+        """The keys by which an engine samples from another distribution than the model's at the temperature."""
+        off = {"top_p": 1.0, "top_k": None, "min_p": 0.0, "min_new_tokens": 0}
+        return tuple(name for name, value in off.items() if getattr(self, name) != value)
 
 
 class OverlongConfig(Section):
@@ -299,12 +317,16 @@ class PlacementConfig(Section):
     """Object store of a Ray of the run's own."""
 
 
-class EvalConfig(Section):
+class EvalConfig(TruncationConfig):
     every: int = Field(20, ge=0)
     """Steps between evaluations; 0 evaluates before and after training only."""
     samples: int = Field(1, ge=1)
     """Completions for each held-out prompt (k)."""
     temperature: float = Field(1.0, gt=0, le=2)
+    min_new_tokens: int | None = Field(None, ge=0)
+    """By default `rollout.min_new_tokens`, as the next two are by default those of `rollout`."""
+    stop: StopStrings | None = None
+    stop_token_ids: StopTokens | None = None
     name: str = "heldout"
     """Written as `set` in eval.jsonl."""
 

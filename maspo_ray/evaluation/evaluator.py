@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from maspo_ray.config import EvalConfig, RolloutConfig
-from maspo_ray.experience import Outcome, Prompt, Sampling
+from maspo_ray.experience import Outcome, Prompt
 from maspo_ray.hosts.messages import Priority
 from maspo_ray.rollouts.pool import RolloutPool, Sampled
+from maspo_ray.sampling import evaluation_sampling
 
 _SEED_STRIDE = 1_000_003
 """Evaluations of runs whose seeds differ share no sampling seed, unless one has more completions than this."""
@@ -50,7 +51,7 @@ class Evaluator:
         self._pool = pool
         self._prompts = prompts
         self._samples = config.samples
-        self._sampling = Sampling(config.temperature, rollout.max_new_tokens)
+        self._sampling = evaluation_sampling(config, rollout)
         self._first_seed = seed * _SEED_STRIDE
         self._places = asyncio.Semaphore(_PROMPTS_AT_ONCE)
 

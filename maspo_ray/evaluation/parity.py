@@ -11,6 +11,7 @@ two right sides. For the same reason the bound in bfloat16 is on the mean over t
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -18,10 +19,11 @@ from numpy.typing import NDArray
 
 from maspo_ray.config import Dtype, RolloutConfig
 from maspo_ray.errors import RunError
-from maspo_ray.experience import Completion, Parity, Prompt, SampledGroup, Sampling
+from maspo_ray.experience import Completion, Parity, Prompt, SampledGroup
 from maspo_ray.fleet.calls import await_named
 from maspo_ray.hosts.messages import Priority
 from maspo_ray.rollouts.pool import RolloutPool
+from maspo_ray.sampling import training_sampling
 
 ParityStatistic = Literal["max", "mean"]
 
@@ -110,7 +112,12 @@ class ParityProbe:
         self._pool = pool
         self._learner = learner
         self._prompts = prompts
-        self._sampling = Sampling(rollout.temperature, min(rollout.max_new_tokens, _PROBE_TOKENS))
+        sampling = training_sampling(rollout)
+        self._sampling = replace(
+            sampling,
+            max_new_tokens=min(sampling.max_new_tokens, _PROBE_TOKENS),
+            min_new_tokens=min(sampling.min_new_tokens, _PROBE_TOKENS),
+        )
 
     async def compare(self, replicas: Iterable[int]) -> dict[int, Parity]:
         """Returns how far the learner is from each of the engines, which hold its weights."""

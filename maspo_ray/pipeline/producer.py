@@ -10,7 +10,7 @@ from maspo_ray.advantages import group_advantages
 from maspo_ray.config import RunConfig
 from maspo_ray.data.prompts import Draw, PromptStream
 from maspo_ray.errors import RunError
-from maspo_ray.experience import Experience, Group, Outcome, Sampling
+from maspo_ray.experience import Experience, Group, Outcome
 from maspo_ray.groups.intake import Intake
 from maspo_ray.groups.ledger import GroupOutcome
 from maspo_ray.groups.overlong import is_cut_off, overlong_penalty, trained_advantages, why_not_trained
@@ -18,6 +18,7 @@ from maspo_ray.rollouts.pool import RolloutPool
 from maspo_ray.rollouts.references import ReferencePool
 from maspo_ray.rollouts.seeds import sampling_seeds
 from maspo_ray.run_dir.metrics import STEP_COLUMNS, StepMetrics
+from maspo_ray.sampling import training_sampling
 
 
 class Producer:
@@ -35,7 +36,7 @@ class Producer:
         self._references = references
         self._prompts = prompts
         self._intake = intake
-        self._sampling = Sampling(config.rollout.temperature, config.rollout.max_new_tokens)
+        self._sampling = training_sampling(config.rollout)
         self._admission = asyncio.Event()
         self._metrics = StepMetrics(STEP_COLUMNS)
         self._dropped_in_a_row = 0

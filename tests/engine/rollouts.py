@@ -17,9 +17,9 @@ PLACES = 32
 _request_ids = itertools.count()
 
 
-def start_rollout(model: str, cpus: int = 0) -> Any:
-    """Returns the handle of a rollout actor; its `setup` is the caller's."""
-    rollout = RolloutConfig(kv_cache_gib=0.06, max_concurrent_requests=PLACES)
+def start_rollout(model: str, cpus: int = 0, **keys: Any) -> Any:
+    """Returns the handle of a rollout actor, with more keys of `rollout`; its `setup` is the caller's."""
+    rollout = RolloutConfig(kv_cache_gib=0.06, max_concurrent_requests=PLACES, **keys)
     arguments = {
         "model": ModelConfig(path=model, dtype="float32"),
         "rollout": rollout,
@@ -44,9 +44,14 @@ def ask(
     priority: Priority = Priority.TRAINING,
 ) -> tuple[Any, Any]:
     """Begins to sample; returns references to the payload and to the answer."""
-    request = SampleRequest(
-        next(_request_ids), prompt, Sampling(temperature, max_new_tokens), tuple(seeds), priority, scored=False
-    )
+    return ask_as(rollout, prompt, seeds, Sampling(temperature, max_new_tokens), priority)
+
+
+def ask_as(
+    rollout: Any, prompt: Prompt, seeds: Sequence[int], sampling: Sampling, priority: Priority = Priority.TRAINING
+) -> tuple[Any, Any]:
+    """Begins to sample in a way of its own; returns as `ask` does."""
+    request = SampleRequest(next(_request_ids), prompt, sampling, tuple(seeds), priority, scored=False)
     payload, answer = rollout.sample.options(num_returns=2).remote(request)
     return payload, answer
 

@@ -32,7 +32,7 @@ def test_engine_arguments_on_cpu() -> None:
         "weight_transfer_config": {"backend": "gloo"},
         "enable_prefix_caching": True,
         "disable_log_stats": True,
-        "worker_extension_cls": "maspo_ray.weight_sync.gloo_engine.GlooWorkerExtension",
+        "worker_extension_cls": "actors.vllm_worker.CpuWorkerExtension",
         "kv_cache_memory_bytes": 268435456,  # 0.25 · 2^30
         "enforce_eager": True,
         "block_size": 32,
@@ -43,7 +43,7 @@ def test_engine_arguments_on_gpu_leave_the_cpu_engines_out() -> None:
     cpu, gpu = _arguments(RolloutConfig()), _arguments(RolloutConfig(gpus=1))
     assert gpu.keys() - cpu.keys() == {"tensor_parallel_size"}
     assert cpu.keys() - gpu.keys() == {"kv_cache_memory_bytes", "enforce_eager", "block_size"}
-    assert gpu["worker_extension_cls"] == "maspo_ray.weight_sync.checksum.ChecksumWorkerExtension"
+    assert gpu["worker_extension_cls"] == "actors.vllm_worker.GpuWorkerExtension"
     assert gpu["weight_transfer_config"] == {"backend": "nccl"}
 
 
