@@ -9,13 +9,15 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from safetensors import SafetensorError, safe_open
 
 from maspo_ray.config import DataConfig, JsonlSource, LoraConfig, ModelConfig, RunConfig
 from maspo_ray.data.sources import read_rows
 from maspo_ray.errors import ConfigError
+from maspo_ray.model_limits import check_model_limits
+from maspo_ray.model_shape import read_config_json
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Of vLLM 0.32.0's CPU attention (CPUAttentionBackend.get_supported_head_sizes); with another size the engine would fail only at its
@@ -37,6 +39,7 @@ def preflight(config: RunConfig, resume: bool) -> None:
     """
     checks: list[Callable[[], None]] = [
         lambda: check_model(config.model, "cuda" if config.rollout.gpus > 0 else "cpu"),
+        lambda: check_model_limits(config),
         lambda: check_lora(config.learner.lora, config.model),
         lambda: check_data(config.data),
         lambda: check_run_dir(config, resume),
@@ -50,7 +53,7 @@ def preflight(config: RunConfig, resume: bool) -> None:
         except ConfigError as error:
             faults.append(str(error))
     if faults:
-        raise ConfigError("\n".join(faults))
+        raise ConfigError("\n".join(dict.fromkeys(faults)))
 
 
 def is_hub_id(path: str) -> bool:
@@ -82,34 +85,19 @@ def check_model(model: ModelConfig, device: Literal["cpu", "cuda"]) -> None:
             f"{where}; the folder has no tokenizer ({', '.join(TOKENIZER_FILES)}). Save the model's tokenizer into it."
         )
     if device == "cpu":
-        _check_head_size(folder / "config.json", where)
+        _check_head_size(folder, where)
 
 
-def _check_head_size(config_file: Path, where: str) -> None:
-    try:
-        tree = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError:
-        tree = None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{where}; its config.json is not a JSON object. Mend or replace the file.")
-    size = _head_size(tree)
-    if size is not None and size not in CPU_HEAD_SIZES:
+def _check_head_size(folder: Path, where: str) -> None:
+    tree = read_config_json(folder, where)
+    size, hidden, heads = (tree.get(name) for name in ("head_dim", "hidden_size", "num_attention_heads"))
+    if size is None and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+        size = hidden // heads
+    if isinstance(size, int) and size not in CPU_HEAD_SIZES:
         raise ConfigError(
             f"{where}; its attention heads are of size {size}, but vLLM on CPU takes only "
             f"{', '.join(map(str, CPU_HEAD_SIZES))}. Take a model with one of these, or set rollout.gpus to 1."
         )
-
-
-def _head_size(tree: dict[str, Any]) -> int | None:
-    """Returns the size of an attention head by a model's config.json, None where that does not say."""
-    nested = tree.get("text_config")
-    for section in (nested, tree) if isinstance(nested, dict) else (tree,):
-        if isinstance(section.get("head_dim"), int):
-            return section["head_dim"]
-        hidden, heads = section.get("hidden_size"), section.get("num_attention_heads")
-        if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
-            return hidden // heads
-    return None
 
 
 def check_lora(lora: LoraConfig | None, model: ModelConfig) -> None:

@@ -9,6 +9,7 @@ from maspo_ray.config.data import (
     SamplerConfig,
 )
 from maspo_ray.config.objective import AdvantageConfig, GrpoConfig, KLConfig, MaspoConfig, ObjectiveConfig
+from maspo_ray.config.placement import PlacementConfig
 from maspo_ray.config.run import RunConfig, load_config
 from maspo_ray.config.sections import (
     CheckpointConfig,
@@ -21,7 +22,6 @@ from maspo_ray.config.sections import (
     ModelConfig,
     OverlongConfig,
     PipelineConfig,
-    PlacementConfig,
     PluginConfig,
     ReferenceConfig,
     RewardConfig,

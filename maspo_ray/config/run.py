@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from maspo_ray.config.data import DataConfig
 from maspo_ray.config.faults import describe_flag_error, describe_repeated_flags, describe_validation_errors
 from maspo_ray.config.objective import AdvantageConfig, KLConfig, MaspoConfig, ObjectiveConfig
+from maspo_ray.config.placement import PlacementConfig
 from maspo_ray.config.sections import (
     CheckpointConfig,
     EvalConfig,
@@ -24,7 +25,6 @@ from maspo_ray.config.sections import (
     LoggingConfig,
     ModelConfig,
     PipelineConfig,
-    PlacementConfig,
     ReferenceConfig,
     RewardConfig,
     RolloutConfig,
@@ -82,6 +82,11 @@ class RunConfig(Section):
         if self.rollout.max_new_tokens >= longest:
             raise ValueError(
                 f"rollout.max_new_tokens is {self.rollout.max_new_tokens}; it must leave room for a prompt within "
+                f"rollout.max_model_tokens ({longest}). Lower it."
+            )
+        if self.data.max_prompt_tokens >= longest:
+            raise ValueError(
+                f"data.max_prompt_tokens is {self.data.max_prompt_tokens}; a prompt so long would leave no room for a completion within "
                 f"rollout.max_model_tokens ({longest}). Lower it."
             )
         shortest = max(

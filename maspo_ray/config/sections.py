@@ -86,7 +86,8 @@ class RolloutConfig(RoleConfig, TruncationConfig):
     max_concurrent_requests: int = Field(128, ge=1)
     """Completions in flight in one engine."""
     max_model_tokens: int | None = Field(None, ge=2)
-    """Longest prompt and completion together; by default data.max_prompt_tokens + rollout.max_new_tokens."""
+    """Longest prompt and completion together; by default data.max_prompt_tokens + rollout.max_new_tokens. If less than these, the
+    completions of long prompts are cut off before max_new_tokens."""
     timeout_s: float = Field(3600.0, gt=0)
     """An engine that has completions under way and ends none for so long ends the run."""
     kv_cache_gib: float = Field(0.25, gt=0)
@@ -302,19 +303,6 @@ class PipelineConfig(Section):
     def max_groups_under_way(self) -> int:
         """Groups that may be accepted or on their way at once."""
         return min(self.max_staleness + 1, self.steps) * self.groups_per_step
-
-
-class PlacementConfig(Section):
-    nodes: int | None = Field(None, ge=1)
-    """Nodes that `maspo check` plans for; by default this machine. A run plans for the cluster that it finds."""
-    gpus_per_node: float = Field(0.0, ge=0)
-    cpus_per_node: float | None = Field(None, gt=0)
-    address: str | None = None
-    """Ray address; by default RAY_ADDRESS (a submitted job has it), else a Ray of the run's own."""
-    wait_s: float = Field(10.0, gt=0)
-    """How long to wait for the cluster to register what the plan needs."""
-    object_store_gib: float = Field(0.5, gt=0)
-    """Object store of a Ray of the run's own."""
 
 
 class EvalConfig(TruncationConfig):
