@@ -5,7 +5,7 @@ computes copies and leaves the model as it is.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 
+from actors.lora_targets import linear_modules, without_refused
 from maspo_ray.config import LoraConfig
 from maspo_ray.errors import ConfigError
 
@@ -49,9 +50,12 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig) -> None:
         task_type=TaskType.CAUSAL_LM,
         r=lora.rank,
         lora_alpha=lora.alpha,
-        target_modules="all-linear" if everything else list(lora.targets),
+        target_modules=list(lora.targets),
         base_model_name_or_path=model.name_or_path,
     )
+    linear = linear_modules(model)
+    if everything:
+        config = replace(config, target_modules=without_refused(linear, model, config))
     try:
         # Leaves only the adapters trainable.
         inject_adapter_in_model(config, model, adapter_name=_ADAPTER)
@@ -63,16 +67,11 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig) -> None:
     )
     if missed:
         raise ConfigError(f"{where}; no module is called {' or '.join(missed)}. {remedy}.")
-    unfit = [name for name in adapted if not _can_merge(model, name)]
+    unfit = [name for name in adapted if name not in linear or not isinstance(model.get_submodule(name), Linear)]
     if unfit:
         raise ConfigError(
             f"{where}; {', '.join(unfit[:3])} cannot have an adapter that is merged for the engines. {remedy}."
         )
-
-
-def _can_merge(model: PreTrainedModel, name: str) -> bool:
-    module = model.get_submodule(name)
-    return isinstance(module, Linear) and module is not model.get_output_embeddings()
 
 
 def weights_of(model: PreTrainedModel) -> dict[str, Weight]:

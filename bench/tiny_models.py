@@ -192,7 +192,6 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
         "qwen3_5_text": {**_HEAD, **_DELTA},
         "qwen3_5_moe_text": {**_HEAD, **_EXPERTS, **_DELTA, "shared_expert_intermediate_size": 32},
         "minimax": {**_HEAD, **_LOCAL_EXPERTS, "layer_types": _HYBRID, "block_size": 16},
-        "kimi_linear": {**_ROUTED, **_LATENT},
         "zamba2": {
             "layers_block_type": ["mamba", "hybrid"],
             "mamba_d_state": 16,

@@ -5,16 +5,18 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from actors.attention_choice import choose_attention
+from actors.lora import adapters_of, weights_of
 from actors.model_check import check_model, largest_distance, plain_logprobs
 from actors.model_slice import slice_of
 from actors.packed_model import TokenModel
 from actors.token_batch import apart, lay_out
 from actors.token_model import load_token_model
 from bench.tiny_models import FAMILIES, build, sequences
-from maspo_ray.config import LearnerConfig, ModelConfig
+from maspo_ray.config import LearnerConfig, LoraConfig, ModelConfig
 from maspo_ray.errors import ConfigError
 
 pytestmark = pytest.mark.engine
@@ -193,3 +195,42 @@ def test_a_slice_has_a_layer_of_each_kind_and_few_rows_of_the_vocabulary() -> No
     )
     assert torch.equal(whole(ids).logits, model.float()(ids).logits)
     assert tried(ids).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("family", "adapted", "left_out"),
+    [
+        # Its experts are one tensor of a layer, its router no linear module.
+        ("deepseek_v3", "model.layers.1.self_attn.kv_b_proj", "model.layers.1.mlp.experts"),
+        # Its step's weight is read without the module.
+        ("jamba", "model.layers.0.mamba.in_proj", "model.layers.0.mamba.dt_proj"),
+        # A class of its own, which is linear nonetheless.
+        ("falcon", "transformer.h.0.self_attention.query_key_value", "lm_head"),
+    ],
+)
+def test_adapters_of_all_linear_modules_are_those_that_count_and_can_be_merged(
+    tmp_path: Path, family: str, adapted: str, left_out: str
+) -> None:
+    config = ModelConfig(path=build(family, tmp_path), dtype="float32")
+    model = load_token_model(config, LoraConfig(rank=2, alpha=6))
+    names = {name for name, module in model.model.named_modules() if isinstance(module, LoraLayer)}
+    assert adapted in names and left_out not in names
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in adapters_of(model.model).items():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.2)
+    check_model(model, config, LearnerConfig(), CPU)
+    plain = AutoModelForCausalLM.from_pretrained(config.path, attn_implementation="eager", dtype=torch.float32)
+    before = plain_logprobs(plain, sequences(64), 0.7, CPU)
+    plain.load_state_dict({name: weight.value() for name, weight in weights_of(model.model).items()}, strict=False)
+    merged = plain_logprobs(plain, sequences(64), 0.7, CPU)
+    found, _ = model(lay_out(sequences(64) if model.shares_prompts else apart(sequences(64)), CPU), 0.7)
+    assert (merged - before).abs().max() > 0.05
+    assert (found - merged).abs().max() < 2e-5
+
+
+def test_a_module_whose_weight_is_read_without_it_is_refused_as_a_target(tmp_path: Path) -> None:
+    config = ModelConfig(path=build("jamba", tmp_path), dtype="float32")
+    with pytest.raises(ConfigError, match="dt_proj cannot have an adapter that is merged for the engines"):
+        load_token_model(config, LoraConfig(targets=("dt_proj",)))
