@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from maspo_ray.config import RunConfig
-from maspo_ray.data.prompts import PromptStream
 from maspo_ray.data.samplers import UniformSampler
+from maspo_ray.data.stream import PromptStream
 from maspo_ray.experience import (
     Completion,
     Outcome,

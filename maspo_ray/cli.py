@@ -98,8 +98,8 @@ def _check(path: str, overrides: Sequence[str]) -> int:
     from maspo_ray.sampling import say_what_the_ratio_leaves_out
 
     config = load_config(path, overrides)
-    preflight(config, resume=False)
-    load_plugins(config)
+    rows = preflight(config, resume=False)
+    rows.check_answers(load_plugins(config).check_answer, config.reward.actor)
     warn_of_slow_bfloat16(config.model, config.learner)
     say_what_the_ratio_leaves_out(config.rollout)
     planned = plan(demands(config), config_nodes(config.placement))

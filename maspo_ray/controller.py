@@ -11,10 +11,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from maspo_ray.config import RunConfig
-from maspo_ray.data.prompts import PromptStream, load_prompts
+from maspo_ray.data.prompts import RunPrompts, load_run_prompts, load_tokenizer
+from maspo_ray.data.run_rows import RunRows
+from maspo_ray.data.stream import train_stream
 from maspo_ray.dtype_speed import warn_of_slow_bfloat16
 from maspo_ray.evaluation.evaluator import Evaluator
-from maspo_ray.experience import Prompt
 from maspo_ray.fleet.fleet import Fleet
 from maspo_ray.fleet.loading import Plugins, load_plugins
 from maspo_ray.fleet.placement import Plan, demands
@@ -38,27 +39,48 @@ def train(config: RunConfig, resume: bool = False) -> RunSummary:
         ConfigError: the config names something that is not there; no actor was started.
         RunError: the run could not go on.
     """
-    preflight(config, resume)
+    rows = preflight(config, resume)
     plugins = load_plugins(config)
     warn_of_slow_bfloat16(config.model, config.learner)
     say_what_the_ratio_leaves_out(config.rollout)
+    prompts = _load_prompts(config, rows, plugins)
     with connected(config.placement) as may_grow:
         plan = wait_for_cluster(demands(config), config.placement.wait_s if may_grow else 0.0)
         check_object_store(config, object_store_bytes())
         reservation = reserve(plan, config.placement.wait_s)
         try:
-            return asyncio.run(_Session(config, plugins, plan, reservation).run())
+            return asyncio.run(_Session(config, plugins, prompts, rows, plan, reservation).run())
         finally:
             reservation.release()
+
+
+def _load_prompts(config: RunConfig, rows: RunRows, plugins: Plugins) -> RunPrompts:
+    """Returns the prompts of training and of evaluations; what is wrong with a row is said before anything starts."""
+    rows.read_all()
+    rows.check_answers(plugins.check_answer, config.reward.actor)
+    tokenizer = load_tokenizer(config.model)
+    prompts = load_run_prompts(rows, config.data, tokenizer)
+    rows.warn()
+    return prompts
 
 
 class _Session:
     """A run on a Ray that is there, in slots that are reserved."""
 
-    def __init__(self, config: RunConfig, plugins: Plugins, plan: Plan, reservation: Reservation) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        plugins: Plugins,
+        prompts: RunPrompts,
+        rows: RunRows,
+        plan: Plan,
+        reservation: Reservation,
+    ) -> None:
         self._config = config
         self._plugins = plugins
+        self._prompts = prompts
         self._journal = Journal(config)
+        self._journal.files.write_left_out(rows.left_out())
         self._errors = ErrorWatch(config.reward.max_error_rate)
         self._fleet = Fleet(config, plugins.classes, plan, reservation)
         pipeline = config.pipeline
@@ -88,7 +110,7 @@ class _Session:
     async def _work(self) -> None:
         config, journal = self._config, self._journal
         journal.note("starting the actors")
-        train_prompts, eval_prompts = await self._set_up()
+        await self._set_up()
         pool = RolloutPool(
             self._fleet,
             EngineTable(self._fleet.count("rollout")),
@@ -97,13 +119,13 @@ class _Session:
             config.rollout.timeout_s,
             config.pipeline.weight_sync_timeout_s,
         )
-        sampler = self._plugins.sampler(len(train_prompts))
-        prompts = PromptStream(train_prompts, sampler, shuffle=config.data.shuffle, seed=config.seed)
-        evaluator = Evaluator(pool, eval_prompts, config.eval, config.rollout, config.seed) if eval_prompts else None
+        prompts = train_stream(self._prompts.train, config.data, self._plugins.sampler, config.seed)
+        held_out = self._prompts.held_out
+        evaluator = Evaluator(pool, held_out, config.eval, config.rollout, config.seed) if held_out else None
         await Pipeline(config, self._fleet, pool, prompts, self._intake, evaluator, journal).run()
 
-    async def _set_up(self) -> tuple[list[Prompt], list[Prompt]]:
-        """Returns the prompts of training and of evaluations, once all actors are up."""
+    async def _set_up(self) -> None:
+        """Returns once all actors are up."""
         journal = self._journal
 
         async def say_long_waits() -> None:
@@ -114,22 +136,10 @@ class _Session:
         with journal.timeline.span("learner", "set-up"):
             saying = asyncio.create_task(say_long_waits())
             try:
-                with journal.waiting("the actors and the data; each actor is named as it comes up"):
-                    prompts, _ = await asyncio.gather(asyncio.to_thread(self._prompts), self._fleet.setup(journal.note))
+                with journal.waiting("the actors; each is named as it comes up"):
+                    await self._fleet.setup(journal.note)
             finally:
                 saying.cancel()
-        return prompts
-
-    def _prompts(self) -> tuple[list[Prompt], list[Prompt]]:
-        # Imported here: transformers takes seconds, during which the actors start.
-        from transformers import AutoTokenizer
-
-        data = self._config.data
-        tokenizer = AutoTokenizer.from_pretrained(
-            self._config.model.path, trust_remote_code=self._config.model.trust_remote_code
-        )
-        held_out = load_prompts(data.eval, data, tokenizer, "data.eval") if data.eval is not None else []
-        return load_prompts(data.train, data, tokenizer, "data.train"), held_out
 
 
 @contextmanager

@@ -19,11 +19,12 @@ class Prompt:
     """A question, tokenised once.
 
     Attributes:
-        prompt_id: stable across runs: `<source>/<row>`.
+        prompt_id: stable across runs: `train/<row>` or `eval/<row>`; of a mix's source `train/<source>/<row>`.
         text: as the user's data has it, before any chat template; a list of messages is its last one's content.
         token_ids: [prompt_tokens] int32, what the model sees.
         answer: what the reward compares with; whatever the data's answer column holds.
         metadata: the rest of the data's row.
+        source: its source's name in a mix (`data.train.kind: mix`), else "".
     """
 
     prompt_id: str
@@ -31,6 +32,7 @@ class Prompt:
     token_ids: NDArray[np.int32]
     answer: Any
     metadata: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
 
 
 @dataclass(frozen=True, slots=True)

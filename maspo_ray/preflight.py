@@ -1,6 +1,6 @@
 """Checks of the files that a config names, before anything starts: the model's folder, the data files, the run's folder.
 
-Promise: takes well under a second and starts nothing; imports neither torch, transformers, ray nor vllm. A run that passes can still
+Promise: takes well under a second beside the reading of the data and starts nothing; imports neither torch, transformers, ray nor vllm. A run that passes can still
 fail later, but not for want of a local file.
 """
 
@@ -13,8 +13,8 @@ from typing import Literal
 
 from safetensors import SafetensorError, safe_open
 
-from maspo_ray.config import DataConfig, JsonlSource, LoraConfig, ModelConfig, RunConfig
-from maspo_ray.data.sources import read_rows
+from maspo_ray.config import LoraConfig, ModelConfig, RunConfig
+from maspo_ray.data.run_rows import RunRows
 from maspo_ray.errors import ConfigError
 from maspo_ray.model_limits import check_model_limits
 from maspo_ray.model_shape import read_config_json
@@ -31,17 +31,20 @@ _WRITTEN = ("ledger.jsonl", "eval.jsonl", "notes.jsonl", "timeline.json", "summa
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
-def preflight(config: RunConfig, resume: bool) -> None:
+def preflight(config: RunConfig, resume: bool) -> RunRows:
     """Checks the model, the data, the run's folder and the object store's size, and reports all faults at once.
+
+    Returns the rows of the data, of which those of local files are read.
 
     Raises:
         ConfigError: something is at fault; it has one line for each fault.
     """
+    rows = RunRows(config.data)
     checks: list[Callable[[], None]] = [
         lambda: check_model(config.model, "cuda" if config.rollout.gpus > 0 else "cpu"),
         lambda: check_model_limits(config),
         lambda: check_lora(config.learner.lora, config.model),
-        lambda: check_data(config.data),
+        rows.read_files,
         lambda: check_run_dir(config, resume),
     ]
     if not (config.placement.address or os.environ.get("RAY_ADDRESS")):
@@ -54,6 +57,7 @@ def preflight(config: RunConfig, resume: bool) -> None:
             faults.append(str(error))
     if faults:
         raise ConfigError("\n".join(dict.fromkeys(faults)))
+    return rows
 
 
 def is_hub_id(path: str) -> bool:
@@ -138,17 +142,6 @@ def _weight_names(folder: Path) -> list[str]:
             f"model.path is {folder}; its weights cannot be read ({error}). Download them again."
         ) from None
     return []
-
-
-def check_data(data: DataConfig) -> None:
-    """Reads every row of the jsonl sources; other kinds are checked when the run loads them.
-
-    Raises:
-        ConfigError: a file is missing, or a line of it is at fault.
-    """
-    for field, source in (("data.train", data.train), ("data.eval", data.eval)):
-        if isinstance(source, JsonlSource):
-            read_rows(source, field)
 
 
 def check_object_store(config: RunConfig, capacity_bytes: float) -> None:

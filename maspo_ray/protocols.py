@@ -7,8 +7,8 @@ section (`RolloutConfig`, `RewardConfig` …) then and raises `ConfigError` wher
 `fleet` wraps the class with `ray.remote`; nothing else does. Methods may be sync or async where it says so.
 """
 
-from collections.abc import Awaitable, Sequence
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,13 +76,36 @@ class LatePolicy(Protocol):
 class RewardActor(Protocol):
     """Scores completions. Constructor: the section's `args` only.
 
-    `setup` is optional. `score` may be sync or async; a completion that cannot be scored raises.
+    `setup` is optional, and so is `check_answer` (`ChecksAnswers`). `score` may be sync or async; a completion that cannot be scored raises.
     """
 
     def score(
         self, prompt: Prompt, completions: Sequence[Completion]
     ) -> Sequence[Verdict | float] | Awaitable[Sequence[Verdict | float]]:
         """Returns a verdict, or a bare reward, for each completion, in order."""
+        ...
+
+
+AnswerCheck = Callable[[Any, Mapping[str, Any]], str | None]
+"""Says of a prompt's answer and metadata why a reward cannot score against them; None where it can."""
+
+
+@runtime_checkable
+class ChecksAnswers(Protocol):
+    """What a reward may offer besides: to say which answers it takes, so that others are named before anything starts.
+
+    It is asked in the controller, of an instance that was made with the section's `args` and not set up.
+    """
+
+    def check_answer(self, answer: Any, metadata: Mapping[str, Any]) -> str | None:
+        """Returns why `score` cannot compare with an answer, such as `MyReward takes a text`; None where it can.
+
+        Asked once for each row of the data, so it must be quick.
+
+        Args:
+            answer: of the row's answer column, as `Prompt.answer`.
+            metadata: the row's other columns, as `Prompt.metadata`.
+        """
         ...
 
 

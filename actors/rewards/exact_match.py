@@ -1,7 +1,8 @@
 """Reward 1 where the completion's text is exactly the answer, else 0."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from maspo_ray.config import RewardConfig
 from maspo_ray.errors import ConfigError
@@ -51,6 +52,12 @@ class ExactMatchReward:
     @staticmethod
     def check_config(reward: RewardConfig) -> None:
         ExactMatchReward(**reward.args)
+
+    def check_answer(self, answer: Any, metadata: Mapping[str, Any]) -> str | None:
+        """Returns why an answer cannot be compared with: a number with a fraction, for one, has no one way to be written."""
+        if type(answer) is int or (isinstance(answer, str) and answer.strip()):
+            return None
+        return "ExactMatchReward takes a text that is not blank, or a whole number"
 
     def score(self, prompt: Prompt, completions: Sequence[Completion]) -> list[Verdict]:
         """Returns 1.0 or 0.0 for each completion.

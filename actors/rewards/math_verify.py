@@ -4,7 +4,8 @@ A completion in which it finds no mathematics is wrong. A prompt's answer in whi
 """
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -25,6 +26,14 @@ class MathVerifyReward:
 
         # math-verify 0.9.0 warns in every process that its timeouts are off. They are, on purpose: see `_parse`.
         logging.getLogger("math_verify").setLevel(logging.ERROR)
+
+    def check_answer(self, answer: Any, metadata: Mapping[str, Any]) -> str | None:
+        """Returns why an answer is of no type that is read as mathematics."""
+        if type(answer) is int or (isinstance(answer, float) and math.isfinite(answer)):
+            return None
+        if isinstance(answer, str) and answer.strip():
+            return None
+        return "MathVerifyReward takes a number, or a text that is not blank"
 
     def score(self, prompt: Prompt, completions: Sequence[Completion]) -> list[Verdict]:
         """Returns 1.0 or 0.0 for each completion.

@@ -36,17 +36,21 @@ class ReasoningGymReward:
     def setup(self) -> None:
         import reasoning_gym  # noqa: F401  (takes a second, which the first completion need not wait for)
 
+    def check_answer(self, answer: Any, metadata: Mapping[str, Any]) -> str | None:
+        """Returns why a prompt cannot be scored: it is not one of reasoning-gym."""
+        if "task" in metadata and isinstance(metadata.get("entry"), dict):
+            return None
+        return "ReasoningGymReward needs data of kind reasoning_gym"
+
     def score(self, prompt: Prompt, completions: Sequence[Completion]) -> list[Verdict]:
         """Returns the task's score for each completion.
 
         Raises:
             ValueError: the prompt is not one of reasoning-gym.
         """
-        entry = prompt.metadata.get("entry")
-        if "task" not in prompt.metadata or not isinstance(entry, dict):
-            raise ValueError(
-                f"prompt {prompt.prompt_id} has no reasoning-gym entry; this reward needs data of kind reasoning_gym"
-            )
+        if cause := self.check_answer(prompt.answer, prompt.metadata):
+            raise ValueError(f"prompt {prompt.prompt_id} has no reasoning-gym entry; {cause}")
+        entry = prompt.metadata["entry"]
         scorer = self._scorer(prompt.metadata)
         scores = [_score(scorer, self._answer(completion.text), entry) for completion in completions]
         return [self._verdict(score, correct=score >= self._threshold) for score in scores]

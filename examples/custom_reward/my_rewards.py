@@ -4,7 +4,8 @@ Numbers are graded: the right one earns 1, another number a little, anything els
 numbers until it finds right ones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from maspo_ray.experience import Completion, Prompt, Verdict
 
@@ -19,6 +20,15 @@ class DigitsReward:
     def __init__(self, number_reward: float = 0.1) -> None:
         self._number_reward = number_reward
 
+    def check_answer(self, answer: Any, metadata: Mapping[str, Any]) -> str | None:
+        """Returns why an answer of the data cannot be compared with, None where it can; optional.
+
+        It is asked for each row before a run starts, so that a wrong column is named at once.
+        """
+        if type(answer) is int or (isinstance(answer, str) and answer.strip()):
+            return None
+        return "DigitsReward takes a whole number, or a text that is not blank"
+
     async def score(self, prompt: Prompt, completions: Sequence[Completion]) -> list[Verdict]:
         """Returns a verdict for each completion, in order.
 
@@ -26,8 +36,6 @@ class DigitsReward:
         plain `def score` works too, and so does a list of numbers in place of verdicts (above 0.5 is correct). Raise where a
         completion cannot be scored: it is then left out of its group, not counted as wrong.
         """
-        if prompt.answer is None:
-            raise ValueError(f"prompt {prompt.prompt_id} has no answer")
         return [self._grade(completion.text.strip(), str(prompt.answer).strip()) for completion in completions]
 
     def _grade(self, said: str, answer: str) -> Verdict:

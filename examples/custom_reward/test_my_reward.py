@@ -18,6 +18,7 @@ def test_digits_reward_number_reward_from_the_config_is_used() -> None:
     check_reward_actor(DigitsReward(number_reward=0.25), [(make_prompt("37+48=", answer="85"), "58", 0.25)])
 
 
-def test_digits_reward_prompt_without_answer_raises() -> None:
-    with pytest.raises(ValueError, match="has no answer"):
-        check_reward_actor(DigitsReward(), [(make_prompt("37+48=", answer=None), "85", 1.0)])
+@pytest.mark.parametrize("answer", [None, " ", 8.5, ["85"]])
+def test_digits_reward_says_which_answers_it_takes(answer: object) -> None:
+    assert DigitsReward().check_answer("85", {}) is DigitsReward().check_answer(85, {}) is None
+    assert DigitsReward().check_answer(answer, {}) == "DigitsReward takes a whole number, or a text that is not blank"

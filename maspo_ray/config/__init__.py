@@ -1,12 +1,19 @@
 """The run's configuration. Its sections, `RunConfig` that puts them together, and `load_config` that reads them from a file and flags."""
 
 from maspo_ray.config.data import (
+    CsvSource,
     DataConfig,
     DataSource,
+    FileSource,
     HuggingFaceSource,
     JsonlSource,
+    JsonSource,
+    MixSource,
+    ParquetSource,
     ReasoningGymSource,
     SamplerConfig,
+    SavedSource,
+    TableSource,
 )
 from maspo_ray.config.objective import AdvantageConfig, GrpoConfig, KLConfig, MaspoConfig, ObjectiveConfig
 from maspo_ray.config.placement import PlacementConfig
@@ -35,23 +42,28 @@ from maspo_ray.errors import ConfigError
 __all__ = [
     "AdvantageConfig",
     "CheckpointConfig",
+    "CsvSource",
     "ConfigError",
     "DataConfig",
     "DataSource",
     "LatePolicyConfig",
     "Dtype",
     "EvalConfig",
+    "FileSource",
     "GrpoConfig",
     "HuggingFaceSource",
+    "JsonSource",
     "JsonlSource",
     "KLConfig",
     "LearnerConfig",
     "LoggingConfig",
     "LoraConfig",
     "MaspoConfig",
+    "MixSource",
     "ModelConfig",
     "ObjectiveConfig",
     "OverlongConfig",
+    "ParquetSource",
     "PipelineConfig",
     "PlacementConfig",
     "PluginConfig",
@@ -62,7 +74,9 @@ __all__ = [
     "RolloutConfig",
     "RunConfig",
     "SamplerConfig",
+    "SavedSource",
     "Section",
+    "TableSource",
     "UpdateOrder",
     "load_config",
 ]

@@ -13,7 +13,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-_UNION_TAGS = {"maspo", "grpo", "jsonl", "huggingface", "reasoning_gym"}
+from maspo_ray.config.data import SOURCE_KINDS
+
+_UNION_TAGS = {"maspo", "grpo", *SOURCE_KINDS}
 
 
 def fields_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel], FieldInfo]]:
@@ -54,7 +56,7 @@ def _describe(item: ErrorDetails, root: type[BaseModel]) -> str:
             return f"{path}.{message}" if path else message
         return f"{path} is {value!r}; {message}."
     if item["type"] in ("union_tag_not_found", "union_tag_invalid"):
-        allowed = item.get("ctx", {}).get("expected_tags", "'jsonl', 'huggingface', 'reasoning_gym'")
+        allowed = item.get("ctx", {}).get("expected_tags", ", ".join(map(repr, SOURCE_KINDS)))
         given = item.get("ctx", {}).get("tag", "not set")
         return f"{path}.kind is {given}; it must be one of {allowed}. Set it."
     return f"{path} is {value!r}; {message[0].lower()}{message[1:]}. Change {path}."

@@ -1,111 +1,166 @@
-"""Rows → tokenised prompts, and an endless stream of them.
+"""Rows → tokenised prompts.
 
-Promise: a prompt is tokenised once, here, and nowhere later. The stream asks its sampler for each draw and never ends; a restored stream
-goes on with exactly the draws that the saved one would have made.
+Promise: a prompt is tokenised once, here, and nowhere later; a row that becomes none is named by its place.
 
 How a prompt becomes token ids. With `data.chat_template`: by the tokenizer's chat template, up to where the assistant's turn begins.
 Without: the text as the tokenizer encodes it by default, so with a BOS where the model was trained with one, but without an EOS at the end,
 since a model has nothing to say after it.
 """
 
-import logging
-import operator
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from maspo_ray.config import DataConfig, DataSource
-from maspo_ray.data.sources import Message, Row, read_rows
-from maspo_ray.errors import ConfigError, RunError
+from maspo_ray.config import DataConfig, ModelConfig
+from maspo_ray.data.bad_rows import BadRow, Fault
+from maspo_ray.data.run_rows import RunRows
+from maspo_ray.data.sources import Message, Row, SourceRows
+from maspo_ray.errors import ConfigError
 from maspo_ray.experience import Prompt
-from maspo_ray.protocols import Sampler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_log = logging.getLogger(__name__)
+TokenIds = list[int]
 
 
-class LoadedPrompts(list[Prompt]):
-    """The prompts of a source, in the source's order.
+@dataclass(frozen=True, slots=True)
+class RunPrompts:
+    """The prompts of a run.
 
     Attributes:
-        num_too_long: rows left out because they are longer than `data.max_prompt_tokens`.
+        train: by the source's name in a mix, "" of one that stands alone; each has at least one.
+        held_out: of `data.eval`; empty without it.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], num_too_long: int) -> None:
-        super().__init__(prompts)
-        self.num_too_long = num_too_long
+    train: Mapping[str, Sequence[Prompt]]
+    held_out: Sequence[Prompt]
 
 
-def load_prompts(
-    source: DataSource, data: DataConfig, tokenizer: "PreTrainedTokenizerBase", field: str
-) -> LoadedPrompts:
-    """Returns the prompts of a source, at least one, tokenised.
-
-    Args:
-        field: the source's key in the config: `data.train` or `data.eval`.
+def load_tokenizer(model: ModelConfig) -> "PreTrainedTokenizerBase":
+    """Returns the model's tokenizer.
 
     Raises:
-        ConfigError: the data is at fault, the tokenizer has no chat template, or every prompt is too long.
+        ConfigError: it cannot be loaded.
     """
-    rows = read_rows(source, field)
-    token_ids = _chat_ids(rows, data, tokenizer, field) if data.chat_template else _plain_ids(rows, tokenizer, field)
-    prompts = [
-        Prompt(row.row_id, row.text, np.array(ids, dtype=np.int32), row.answer, row.metadata)
-        for row, ids in zip(rows, token_ids, strict=True)
-        if len(ids) <= data.max_prompt_tokens
+    # Imported here: transformers takes seconds, and what the checks before refuse is answered without it.
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    except Exception as error:
+        # Of the library, of the hub's client, of the model's own code.
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(
+            f"model.path is {model.path}; its tokenizer cannot be loaded ({cause}). Mend its files."
+        ) from error
+    return cast("PreTrainedTokenizerBase", tokenizer)
+
+
+def load_run_prompts(rows: RunRows, data: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> RunPrompts:
+    """Returns the prompts of rows that are all read.
+
+    Raises:
+        ConfigError: as `load_prompts` does.
+    """
+    train = {source.name: load_prompts(source, data, tokenizer) for source in rows.train}
+    return RunPrompts(train, load_prompts(rows.eval, data, tokenizer) if rows.eval is not None else [])
+
+
+def load_prompts(source: SourceRows, data: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> list[Prompt]:
+    """Returns the prompts of a source, at least one, in the source's order; rows that become none are moved to its bad ones, or to those
+    that are too long.
+
+    Raises:
+        ConfigError: the tokenizer has no chat template, a row is refused, or every prompt is too long.
+    """
+    encoded = _chat_ids(source.rows, data, tokenizer) if data.chat_template else _plain_ids(source.rows, tokenizer)
+    token_ids: dict[str, TokenIds] = {}
+
+    def fault_of(row: Row) -> Fault | None:
+        ids = encoded[row.row_id]
+        if isinstance(ids, Fault):
+            return ids
+        token_ids[row.row_id] = ids
+        return None if ids else Fault("has a prompt without tokens")
+
+    source.sift(fault_of)
+    source.settle(data.on_bad_row)
+    lengths = [len(token_ids[row.row_id]) for row in source.rows]
+    _leave_out_long(source, lengths, data.max_prompt_tokens)
+    return [
+        Prompt(row.row_id, row.text, np.array(token_ids[row.row_id], np.int32), row.answer, row.metadata, source.name)
+        for row in source.rows
     ]
-    if not prompts:
-        raise ConfigError(
-            f"data.max_prompt_tokens is {data.max_prompt_tokens}; every prompt of {field} is longer, the shortest has "
-            f"{min(map(len, token_ids))} tokens. Raise it."
-        )
-    num_too_long = len(rows) - len(prompts)
-    if num_too_long:
-        _log.warning(
-            "%s: left out %d of %d prompts, which are longer than data.max_prompt_tokens (%d).",
-            field,
-            num_too_long,
-            len(rows),
-            data.max_prompt_tokens,
-        )
-    return LoadedPrompts(prompts, num_too_long)
 
 
-def _plain_ids(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", field: str) -> list[list[int]]:
-    texts = [row.prompt for row in rows if isinstance(row.prompt, str)]
-    if len(texts) < len(rows):
-        row = next(row for row in rows if not isinstance(row.prompt, str))
+def _leave_out_long(source: SourceRows, lengths: Sequence[int], max_prompt_tokens: int) -> None:
+    """Moves rows of more tokens to those that are too long; `lengths` are those of `source.rows`."""
+    if min(lengths) > max_prompt_tokens:
         raise ConfigError(
-            f"data.chat_template is False; {field} holds chat messages (row {row.row_id}), which need it. Set it to true."
+            f"data.max_prompt_tokens is {max_prompt_tokens}; every prompt of {source.field} is longer, the shortest has "
+            f"{min(lengths)} tokens. Raise it."
         )
-    encoded = tokenizer(texts)["input_ids"]
-    return [list(ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids) for ids in encoded]
+    kept = []
+    for row, length in zip(source.rows, lengths, strict=True):
+        if length <= max_prompt_tokens:
+            kept.append(row)
+        else:
+            rule = f"has {length:,} tokens, more than data.max_prompt_tokens ({max_prompt_tokens:,})"
+            source.too_long.append(BadRow(row.place, Fault(rule)))
+    source.rows = kept
+
+
+def _plain_ids(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase") -> dict[str, TokenIds | Fault]:
+    def encode(rows: Sequence[Row]) -> list[TokenIds]:
+        encoded = tokenizer([row.text for row in rows])["input_ids"]
+        return [list(ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids) for ids in encoded]
+
+    needs_template = Fault("has chat messages, which need data.chat_template", ("Set data.chat_template to true",))
+    texts = [row for row in rows if isinstance(row.prompt, str)]
+    encoded = _encoded(texts, encode, lambda cause: Fault(f"has a prompt that the tokenizer refuses ({cause})"))
+    return {row.row_id: encoded.get(row.row_id, needs_template) for row in rows}
 
 
 def _chat_ids(
-    rows: Sequence[Row], data: DataConfig, tokenizer: "PreTrainedTokenizerBase", field: str
-) -> list[list[int]]:
-    from jinja2 import TemplateError
-
+    rows: Sequence[Row], data: DataConfig, tokenizer: "PreTrainedTokenizerBase"
+) -> dict[str, TokenIds | Fault]:
     if tokenizer.chat_template is None:
         raise ConfigError(
             "data.chat_template is True; the model's tokenizer has no chat template. Set it to false, or take a model that has."
         )
-    conversations = [_messages(row.prompt, data.system_prompt) for row in rows]
-    try:
+
+    def encode(rows: Sequence[Row]) -> list[TokenIds]:
+        conversations = [_messages(row.prompt, data.system_prompt) for row in rows]
         # return_dict: since transformers 5 the default is a dictionary with the attention mask.
         encoded = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=False)
-    except TemplateError as error:
-        raise ConfigError(
-            f"data.chat_template is True; the tokenizer's template refuses the messages of {field}: {error}. "
-            "Change the messages or data.system_prompt."
-        ) from None
-    return cast(list[list[int]], encoded)
+        return cast(list[TokenIds], encoded)
+
+    def refused(cause: str) -> Fault:
+        rule = f"has messages that the tokenizer's chat template refuses ({cause})"
+        return Fault(rule, ("Change the messages", "change data.system_prompt"))
+
+    return _encoded(rows, encode, refused)
+
+
+def _encoded(
+    rows: Sequence[Row], encode: Callable[[Sequence[Row]], list[TokenIds]], refused: Callable[[str], Fault]
+) -> dict[str, TokenIds | Fault]:
+    """Returns the token ids of each row, by its id: of all rows at once, and one by one where that raises, to find those at fault."""
+    if not rows:
+        return {}
+    try:
+        return dict(zip((row.row_id for row in rows), encode(rows), strict=True))
+    except Exception as error:
+        # A tokenizer's or a template's own code, which may raise anything.
+        if len(rows) == 1:
+            return {rows[0].row_id: refused(" ".join(f"{type(error).__name__}: {error}".split()))}
+    found: dict[str, TokenIds | Fault] = {}
+    for row in rows:
+        found |= _encoded([row], encode, refused)
+    return found
 
 
 def _messages(prompt: str | list[Message], system_prompt: str | None) -> list[Message]:
@@ -114,93 +169,3 @@ def _messages(prompt: str | list[Message], system_prompt: str | None) -> list[Me
     if system_prompt is None or messages[0]["role"] == "system":
         return messages
     return [{"role": "system", "content": system_prompt}, *messages]
-
-
-@dataclass(frozen=True, slots=True)
-class Draw:
-    """A prompt that was drawn.
-
-    Attributes:
-        index: the prompt's place among the prompts.
-        times_drawn: how often this prompt was drawn before; under `UniformSampler`, which draws each once in an epoch, the epoch.
-    """
-
-    index: int
-    prompt: Prompt
-    times_drawn: int
-
-
-class PromptStream:
-    """Draws prompts without end, in the order that a sampler chooses.
-
-    Args:
-        prompts: at least one.
-        sampler: made for as many prompts, with the same `shuffle` and `seed`.
-    """
-
-    def __init__(self, prompts: Sequence[Prompt], sampler: Sampler, *, shuffle: bool, seed: int) -> None:
-        self._prompts = prompts
-        self._sampler = sampler
-        self._shuffle = shuffle
-        self._seed = seed
-        self._times_drawn: Counter[int] = Counter()
-
-    def next(self) -> Draw:
-        """Returns the next draw.
-
-        Raises:
-            RunError: the sampler gave an index that no prompt has.
-        """
-        index = operator.index(self._sampler.next())
-        if not 0 <= index < len(self._prompts):
-            raise RunError(
-                f"{self._sampler_path}.next gave {index}; there are {len(self._prompts)} prompts, counted from 0. Mend the sampler."
-            )
-        draw = Draw(index, self._prompts[index], self._times_drawn[index])
-        self._times_drawn[index] += 1
-        return draw
-
-    def first(self, count: int) -> Sequence[Prompt]:
-        """Returns the first prompts of the data, at most so many; nothing is drawn."""
-        return self._prompts[:count]
-
-    def observe(self, index: int, pass_rate: float) -> None:
-        """Passes on to the sampler the share of a group's scored completions that was correct."""
-        self._sampler.observe(index, pass_rate)
-
-    def state(self) -> dict[str, Any]:
-        """Returns the state that `restore` takes, in types that JSON can hold."""
-        return {
-            **self._identity(),
-            "sampler_state": self._sampler.state(),
-            "times_drawn": [[index, times] for index, times in sorted(self._times_drawn.items())],
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Goes on where the stream with this `state` stood.
-
-        Raises:
-            ConfigError: the saved stream had other prompts, another seed, order or sampler, so that its place means nothing here.
-        """
-        keys = {"num_prompts": "data.train", "seed": "seed", "shuffle": "data.shuffle", "sampler": "data.sampler.path"}
-        for name, own in self._identity().items():
-            if state[name] != own:
-                shown = f"{own} prompts" if name == "num_prompts" else own
-                raise ConfigError(
-                    f"{keys[name]} is {shown}; the saved run had {state[name]}. Resume with the config it was saved with."
-                )
-        self._sampler.restore(state["sampler_state"])
-        self._times_drawn = Counter({int(index): int(times) for index, times in state["times_drawn"]})
-
-    def _identity(self) -> dict[str, Any]:
-        """Returns the settings that two streams must share for the state of one to be restored in the other."""
-        return {
-            "num_prompts": len(self._prompts),
-            "seed": self._seed,
-            "shuffle": self._shuffle,
-            "sampler": self._sampler_path,
-        }
-
-    @property
-    def _sampler_path(self) -> str:
-        return f"{type(self._sampler).__module__}:{type(self._sampler).__qualname__}"

@@ -1,4 +1,5 @@
-"""Samplers, which choose the prompt to draw next: all prompts equally often, or more often those that the model solves sometimes.
+"""Samplers, which choose the prompt to draw next: all prompts equally often, or more often those that the model solves sometimes; and the
+one that chooses among the sources of a mix.
 
 Promise: a draw depends only on the seed, the number of draws before it and the pass rates observed, so that a restored sampler goes on
 with exactly the draws that the saved one would have made; a draw costs O(log n) for n prompts. A sampler of the user's own is a class
@@ -6,12 +7,16 @@ with `protocols.Sampler`'s methods, named by `data.sampler.path`.
 """
 
 import math
+import operator
 import random
 from array import array
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
-from maspo_ray.errors import ConfigError
+from maspo_ray.errors import ConfigError, RunError
+from maspo_ray.protocols import Sampler
 
 _UNKNOWN_PASS_RATE = 0.5
 """Assumed of a prompt before its first group is scored; no pass rate has a larger weight, so that no new prompt is passed over."""
@@ -109,6 +114,65 @@ class PassRateSampler:
     def _weight(self, index: int) -> float:
         rate = self._pass_rates.get(index, _UNKNOWN_PASS_RATE)
         return rate * (1 - rate) + self._floor
+
+
+class MixSampler:
+    """Draws from several sources by weight, in each as its own sampler does.
+
+    The source that is furthest behind its weight's share of the draws comes next, so that none is ever a whole draw ahead of it: no batch
+    is made of one source by chance. Prompts are numbered through, source after source.
+
+    Args:
+        sources: (number of prompts, sampler) of each.
+        weights: above 0, one for each source.
+    """
+
+    def __init__(self, sources: Sequence[tuple[int, Sampler]], weights: Sequence[float]) -> None:
+        self._sizes = [size for size, _ in sources]
+        self._first = [0, *accumulate(self._sizes)]
+        self._samplers = [sampler for _, sampler in sources]
+        self._shares = [weight / sum(weights) for weight in weights]
+        self._drawn = [0] * len(sources)
+
+    def next(self) -> int:
+        total = sum(self._drawn) + 1
+        # The one that is furthest behind its share; of several the first.
+        source = max(range(len(self._drawn)), key=lambda i: self._shares[i] * total - self._drawn[i])
+        self._drawn[source] += 1
+        index = operator.index(self._samplers[source].next())
+        if not 0 <= index < self._sizes[source]:
+            name = type(self._samplers[source]).__qualname__
+            raise RunError(
+                f"{name}.next gave {index}; its source has {self._sizes[source]} prompts, counted from 0. Mend the sampler."
+            )
+        return self._first[source] + index
+
+    def observe(self, index: int, pass_rate: float) -> None:
+        source = bisect_right(self._first, index) - 1
+        self._samplers[source].observe(index - self._first[source], pass_rate)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "sizes": self._sizes,
+            "shares": self._shares,
+            "drawn": list(self._drawn),
+            "samplers": [sampler.state() for sampler in self._samplers],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on where the sampler with this `state` stood.
+
+        Raises:
+            ConfigError: it had sources of other sizes or weights, so that its place means nothing here.
+        """
+        if state["sizes"] != self._sizes or state["shares"] != self._shares:
+            raise ConfigError(
+                f"data.train.sources have {self._sizes} prompts and shares {self._shares}; those of the saved run had {state['sizes']} "
+                f"and {state['shares']}. Resume with the config it was saved with."
+            )
+        self._drawn = [int(drawn) for drawn in state["drawn"]]
+        for sampler, own in zip(self._samplers, state["samplers"], strict=True):
+            sampler.restore(own)
 
 
 class _WeightTree:

@@ -14,10 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maspo_ray.config import DataConfig, PipelineConfig, PluginConfig, RunConfig
+from maspo_ray.config import DataConfig, PipelineConfig, PluginConfig, RewardConfig, RunConfig
 from maspo_ray.errors import ConfigError
 from maspo_ray.fleet.blueprint import constructor_arguments
-from maspo_ray.protocols import LatePolicy, LearnerActor, ReferenceActor, RewardActor, RolloutEngine, Sampler
+from maspo_ray.protocols import (
+    AnswerCheck,
+    ChecksAnswers,
+    LatePolicy,
+    LearnerActor,
+    ReferenceActor,
+    RewardActor,
+    RolloutEngine,
+    Sampler,
+)
 
 PROTOCOLS: dict[str, type] = {
     "rollout": RolloutEngine,
@@ -39,11 +48,13 @@ class Plugins:
     Attributes:
         classes: the actor's class of each role that the run starts.
         sampler: makes the sampler of so many prompts.
+        check_answer: says why the reward cannot score against an answer; None where the reward does not say.
     """
 
     classes: dict[str, type]
     sampler: Callable[[int], Sampler]
     late_policy: LatePolicy
+    check_answer: AnswerCheck | None
 
 
 def load_plugins(config: RunConfig) -> Plugins:
@@ -52,7 +63,13 @@ def load_plugins(config: RunConfig) -> Plugins:
     Raises:
         ConfigError: one cannot be loaded.
     """
-    return Plugins(load_classes(config), load_sampler(config.data, config.seed), load_late_policy(config.pipeline))
+    classes = load_classes(config)
+    return Plugins(
+        classes,
+        load_sampler(config.data, config.seed),
+        load_late_policy(config.pipeline),
+        load_answer_check(classes["reward"], config.reward),
+    )
 
 
 def load_classes(config: RunConfig) -> dict[str, type]:
@@ -112,23 +129,39 @@ def load_late_policy(pipeline: PipelineConfig) -> LatePolicy:
     return policy
 
 
+def load_answer_check(reward_class: type, reward: RewardConfig) -> AnswerCheck | None:
+    """Returns what says which answers a reward takes, None where its class has no `check_answer`.
+
+    Raises:
+        ConfigError: the method takes other arguments, or the class does not take `reward.args`.
+    """
+    if not issubclass(reward_class, ChecksAnswers):
+        return None
+    _check_protocol(f"reward.actor is {reward.actor}", reward_class, ChecksAnswers)
+    made: ChecksAnswers = _make("reward", reward_class, reward.args)
+    return made.check_answer
+
+
 def _load_plugin(field: str, plugin: PluginConfig, protocol: type) -> Callable[..., Any]:
     """Returns what makes a plugin from what its protocol gives it."""
     plugin_class = _load_class(f"{field}.path is {plugin.path}", plugin.path, protocol)
 
     def make(**given: Any) -> Any:
         _check_constructor(field, "path", plugin_class, list(given), plugin.args)
-        try:
-            return plugin_class(**given, **plugin.args)
-        except ConfigError:
-            raise
-        except Exception as error:
-            raise ConfigError(
-                f"{field}.args is {plugin.args}; {plugin_class.__name__} does not take it ({_one_line(error)}). "
-                f"Change {field}.args."
-            ) from error
+        return _make(field, plugin_class, plugin.args, **given)
 
     return make
+
+
+def _make(field: str, plugin_class: type, args: dict[str, Any], **given: Any) -> Any:
+    try:
+        return plugin_class(**given, **args)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"{field}.args is {args}; {plugin_class.__name__} does not take it ({_one_line(error)}). Change {field}.args."
+        ) from error
 
 
 def _load_class(field: str, dotted_path: str, protocol: type) -> type:

@@ -8,7 +8,7 @@ import asyncio
 import math
 
 from maspo_ray.config import RunConfig
-from maspo_ray.data.prompts import PromptStream
+from maspo_ray.data.stream import PromptStream
 from maspo_ray.evaluation.evaluator import Evaluator
 from maspo_ray.evaluation.parity import ParityBounds, ParityProbe, join_parities
 from maspo_ray.evaluation.schedule import EvaluationSchedule

@@ -7,8 +7,8 @@ What may start is the intake's to say.
 import asyncio
 
 from maspo_ray.advantages import group_advantages
-from maspo_ray.config import RunConfig
-from maspo_ray.data.prompts import Draw, PromptStream
+from maspo_ray.config import MixSource, RunConfig
+from maspo_ray.data.stream import Draw, PromptStream
 from maspo_ray.errors import RunError
 from maspo_ray.experience import Experience, Group, Outcome
 from maspo_ray.groups.intake import Intake
@@ -17,7 +17,7 @@ from maspo_ray.groups.overlong import is_cut_off, overlong_penalty, trained_adva
 from maspo_ray.rollouts.pool import RolloutPool
 from maspo_ray.rollouts.references import ReferencePool
 from maspo_ray.rollouts.seeds import sampling_seeds
-from maspo_ray.run_dir.metrics import STEP_COLUMNS, StepMetrics
+from maspo_ray.run_dir.metrics import STEP_COLUMNS, StepMetrics, source_columns
 from maspo_ray.sampling import training_sampling
 
 
@@ -38,13 +38,15 @@ class Producer:
         self._intake = intake
         self._sampling = training_sampling(config.rollout)
         self._admission = asyncio.Event()
-        self._metrics = StepMetrics(STEP_COLUMNS)
+        train = config.data.train
+        self._columns = {**STEP_COLUMNS, **source_columns(train.sources if isinstance(train, MixSource) else ())}
+        self._metrics = StepMetrics(self._columns)
         self._dropped_in_a_row = 0
         self.arrived = asyncio.Event()
 
     def take_metrics(self) -> StepMetrics:
         """Returns what was measured of the groups that ended since this was last asked."""
-        taken, self._metrics = self._metrics, StepMetrics(STEP_COLUMNS)
+        taken, self._metrics = self._metrics, StepMetrics(self._columns)
         return taken
 
     def wake(self) -> None:
@@ -82,9 +84,9 @@ class Producer:
         )
         if group.pass_rate is not None:
             self._prompts.observe(draw.index, group.pass_rate)
-        await self._judge(group)
+        await self._judge(group, prompt.source)
 
-    async def _judge(self, group: Group) -> None:
+    async def _judge(self, group: Group, source: str) -> None:
         """Hands a group on to the learner, or drops it."""
         config, rollouts = self._config, group.rollouts
         overlong, limit = config.reward.overlong, config.rollout.max_new_tokens
@@ -92,7 +94,7 @@ class Producer:
         rewards = [reward - penalty for reward, penalty in zip(group.rewards, penalties, strict=True)]
         advantages = group_advantages(rewards, config.advantage)
         trained = trained_advantages(rollouts, advantages.values, config.pipeline.filter_overlong)
-        self._measure(group, penalties, trained)
+        self._measure(group, source, penalties, trained)
         if advantages.num_scored < 2:
             self._drop(group, GroupOutcome.FAILED, "fewer than two completions could be scored")
         elif cause := why_not_trained(trained, advantages, config.pipeline.filter_zero_variance):
@@ -114,11 +116,17 @@ class Producer:
             )
         self.wake()
 
-    def _measure(self, group: Group, penalties: list[float], trained: tuple[float | None, ...]) -> None:
+    def _measure(self, group: Group, source: str, penalties: list[float], trained: tuple[float | None, ...]) -> None:
         facts = [rollout.facts for rollout in group.rollouts]
         scored = [i for i, rollout in enumerate(group.rollouts) if rollout.verdict.outcome is Outcome.SCORED]
-        self._metrics.add_all("reward/mean", [group.rollouts[i].verdict.reward for i in scored])
-        self._metrics.add_all("reward/accuracy", [group.rollouts[i].verdict.correct for i in scored])
+        rewards = [group.rollouts[i].verdict.reward for i in scored]
+        correct = [group.rollouts[i].verdict.correct for i in scored]
+        self._metrics.add_all("reward/mean", rewards)
+        self._metrics.add_all("reward/accuracy", correct)
+        if source:
+            self._metrics.add(f"source/{source}/groups", 1, reduction="sum")
+            self._metrics.add_all(f"source/{source}/reward", rewards)
+            self._metrics.add_all(f"source/{source}/accuracy", correct)
         if self._config.reward.overlong is not None:
             self._metrics.add_all("reward/overlong_penalty", [penalties[i] for i in scored])
         self._metrics.add_all("completion/tokens_mean", [fact.num_tokens for fact in facts])

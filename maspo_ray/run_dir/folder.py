@@ -4,7 +4,7 @@ Promise: a line is on its way to the disk when it is written; the folder's colum
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 import yaml
@@ -56,6 +56,11 @@ class RunFiles(RunPaths):
     def write_note(self, text: str) -> None:
         self._notes.write({"time": time.time(), "note": text})
 
+    def write_left_out(self, rows: Sequence[Mapping[str, object]]) -> None:
+        """Writes the rows of the data that became no prompt, one a line; no file where there are none."""
+        if rows:
+            (self.path / "left_out.jsonl").write_bytes(b"".join(json_bytes(row) + b"\n" for row in rows))
+
     def write_trace(self, event: str) -> None:
         if self._trace is not None:
             self._trace.write(event)
@@ -65,7 +70,15 @@ class RunFiles(RunPaths):
 
     def saved(self) -> tuple[str, ...]:
         """Returns what the folder holds that a user would look for, relative to it."""
-        names = ["metrics.jsonl", "ledger.jsonl", "eval.jsonl", "timeline.json", "curves.png", "final"]
+        names = [
+            "metrics.jsonl",
+            "ledger.jsonl",
+            "eval.jsonl",
+            "left_out.jsonl",
+            "timeline.json",
+            "curves.png",
+            "final",
+        ]
         checkpoints = sorted(self.path.glob("checkpoints/step_*"))[-1:]
         found = [self.path / name for name in names if (self.path / name).exists()]
         return tuple(str(path.relative_to(self.path)) for path in found + checkpoints)

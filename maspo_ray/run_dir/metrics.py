@@ -5,7 +5,7 @@ in every row, whether or not anything happened. Does not decide what is measured
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +25,18 @@ STEP_COLUMNS: Mapping[str, Reduction] = {
 }
 """What the groups of a step add to its row. A step in which a thing did not happen has the column nevertheless: a sum of nothing
 is 0, any other reduction of nothing is NaN."""
+
+
+def source_columns(sources: Iterable[str]) -> dict[str, Reduction]:
+    """Returns what the groups of each source of a mix add to a step's row: how many were scored, and their means."""
+    columns: dict[str, Reduction] = {}
+    for source in sources:
+        columns |= {
+            f"source/{source}/groups": "sum",
+            f"source/{source}/reward": "mean",
+            f"source/{source}/accuracy": "mean",
+        }
+    return columns
 
 
 @dataclass(slots=True)

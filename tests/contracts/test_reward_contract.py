@@ -12,7 +12,7 @@ from actors.rewards.exact_match import ExactMatchReward
 from actors.rewards.math_verify import MathVerifyReward
 from actors.rewards.reasoning_gym import ReasoningGymReward
 from maspo_ray.config import ReasoningGymSource, load_config
-from maspo_ray.data.sources import read_rows
+from maspo_ray.data.sources import read_source
 from maspo_ray.experience import Completion, Outcome, Prompt, Verdict
 from maspo_ray.fleet.loading import load_actor_class
 from maspo_ray.protocols import RewardActor
@@ -34,7 +34,7 @@ def test_math_verify_keeps_the_contract() -> None:
 
 
 def test_reasoning_gym_keeps_the_contract() -> None:
-    rows = read_rows(ReasoningGymSource(task="chain_sum", size=2), "data.train")
+    rows = read_source(ReasoningGymSource(task="chain_sum", size=2), "data.train").rows
     prompts = [make_prompt(row.text, row.answer, row.metadata) for row in rows]
     cases = [(prompt, text, reward) for prompt in prompts for text, reward in ((prompt.answer, 1.0), ("?", 0.0))]
     check_reward_actor(ReasoningGymReward(), cases)

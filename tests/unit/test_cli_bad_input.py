@@ -16,6 +16,8 @@ import psutil
 import pytest
 import ray
 import yaml
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from maspo_ray.cli import main
 
@@ -65,6 +67,14 @@ def _write_model(folder: Path, head_size: int, tokenizer: bool = True) -> None:
     (folder / "config.json").write_text(json.dumps({"hidden_size": 4 * head_size, "num_attention_heads": 4}))
     if tokenizer:
         (folder / "tokenizer.json").write_text("{}")
+
+
+def _write_tokenizer(folder: Path, unknown: str = "=") -> None:
+    """Writes a tokenizer that can be loaded: prompts are tokenised before Ray is asked for anything."""
+    vocabulary = {letter: i for i, letter in enumerate("0123456789+=")}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 
 Case = tuple[Callable[[Path], object] | None, list[str], str]
@@ -121,10 +131,15 @@ CASES: dict[str, Case] = {
     "head size": (_with_small_heads, ["--model.path", "small"], "model.path is small; its attention heads are of size 16, but vLLM on CPU takes only 32, 64,"),
     "no data file": (None, ["--data.train.path", "no.jsonl"], "data.train.path is no.jsonl; there is no such file. Give"),
     "no held-out file": (None, ["--data.eval.kind", "jsonl", "--data.eval.path", "no.jsonl"], "data.eval.path is no.jsonl; there is no such file. Give"),
-    "empty data file": (_rows(), BROKEN, "data.train.path is broken.jsonl; the file is empty. Give"),
-    "blank data file": (_rows("", "  "), BROKEN, "data.train.path is broken.jsonl; the file is empty. Give"),
+    "empty data file": (_rows(), BROKEN, "data.train.path is broken.jsonl; it is empty. Give"),
+    "blank data file": (_rows("", "  "), BROKEN, "data.train.path is broken.jsonl; it is empty. Give"),
     "broken JSON": (_rows(GOOD_ROW, "{not json"), BROKEN, "data.train.path is broken.jsonl; line 2 is not JSON ("),
-    "no answer column": (_rows(GOOD_ROW, '{"prompt": "1+2="}'), BROKEN, "data.train.path is broken.jsonl; line 2 lacks the column answer (it has prompt). Set data.train.answer_column."),
+    "no answer column": (_rows(GOOD_ROW, '{"prompt": "1+2="}'), BROKEN, "data.train.path is broken.jsonl; line 2 lacks the column answer (it has prompt). Set data.train.answer_column or set"),
+    "prompt without text": (_rows('{"prompt": "   ", "answer": "1"}', GOOD_ROW), BROKEN, "data.train.path is broken.jsonl; line 1 has a prompt without text. Mend it or set"),
+    "lone surrogate": (_rows(GOOD_ROW, '{"prompt": "1\\ud83d+2=", "answer": "3"}'), BROKEN, "data.train.path is broken.jsonl; line 2 has a prompt that is no valid text (\\ud83d is half a surrogate pair). Mend it"),
+    "list in the answer column": (_rows('{"prompt": "1+1=", "answer": ["2"]}', GOOD_ROW), [*BROKEN, "--reward.actor", "actors.rewards.exact_match:ExactMatchReward"],
+        "data.train.path is broken.jsonl; line 1 has the answer ['2'], a list; ExactMatchReward takes a text that is not blank, or a whole number. Mend it, set data.train.answer_column, take another"),
+    "another reward's data": (None, ["--reward.actor", "actors.rewards.reasoning_gym:ReasoningGymReward"], "data.train.path is rows.jsonl; line 1 has the answer '2', a text; ReasoningGymReward needs data of kind reasoning_gym. Mend"),
     "staleness that no object store holds": (None, ["--pipeline.max_staleness", "100000", "--pipeline.steps", "200000"], "pipeline.max_staleness is 100000; so 1,600,016 groups may be under way at once, up to"),
     "steps that no object store holds": (None, ["--pipeline.groups_per_step", "1000000"], "pipeline.groups_per_step is 1000000; so 2,000,000 groups may be under way at once, up to"),
     "timeline that cannot be written": (_folder_for_a_timeline, [], "run_dir is out; out/timeline.json cannot be written to. Remove it, or give a new run_dir."),
@@ -161,6 +176,31 @@ def test_bad_input_is_one_line_and_starts_nothing(
     assert _contents(folder) == before
     assert not ray.is_initialized()
     assert took_s < LIMIT_S
+
+
+def test_tokenizer_that_cannot_be_loaded_is_one_line_and_starts_nothing(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = _contents(folder)
+    assert main(["train", "run.yaml"]) == 2
+    _assert_one_error_line(capsys.readouterr().err, "model.path is model; its tokenizer cannot be loaded (")
+    assert _contents(folder) == before and not ray.is_initialized()
+
+
+def test_row_that_only_the_tokenizer_can_judge_is_named_before_anything_starts(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _write_tokenizer(folder / "model", unknown="none")
+    with (folder / "rows.jsonl").open("a") as file:
+        file.write('{"prompt": "one+1=", "answer": "2"}\n')
+    before = _contents(folder)
+    assert main(["check", "run.yaml", "--placement.cpus_per_node", "4"]) == 0
+    capsys.readouterr()
+    assert main(["train", "run.yaml"]) == 2
+    _assert_one_error_line(
+        capsys.readouterr().err, "data.train.path is rows.jsonl; line 2 has a prompt that the tokenizer refuses ("
+    )
+    assert _contents(folder) == before and not ray.is_initialized()
 
 
 def test_several_faults_have_a_line_each(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -258,6 +298,7 @@ class _Watch:
 def test_more_gpus_than_the_cluster_has_is_one_line_and_leaves_no_process(folder: Path) -> None:
     if psutil.LINUX and any(Path("/dev").glob("nvidia[0-9]*")):
         pytest.skip("this machine has GPUs")
+    _write_tokenizer(folder / "model")
     token = uuid.uuid4().hex
     before, started = _contents(folder), time.monotonic()
     with _Watch("MASPO_TEST_RUN", token) as watch:

@@ -99,10 +99,11 @@ def test_bfloat16_that_is_slow_is_warned_of_by_check_and_before_a_run_starts_any
     assert main(["check", config, "--model.dtype", "float32"]) == 0
     assert capsys.readouterr().err == ""
 
-    def connected(*_: Any) -> None:
+    def load_tokenizer(*_: Any) -> None:
         assert caplog.messages == [WARNING]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(controller, "connected", connected)
+    # The first of what a run loads, before Ray.
+    monkeypatch.setattr(controller, "load_tokenizer", load_tokenizer)
     with pytest.raises(KeyboardInterrupt):
         controller.train(load_config(config))

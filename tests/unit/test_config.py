@@ -13,12 +13,15 @@ from pydantic import ValidationError
 
 from maspo_ray.config import (
     ConfigError,
+    CsvSource,
     GrpoConfig,
     HuggingFaceSource,
     JsonlSource,
     LearnerConfig,
     MaspoConfig,
+    MixSource,
     OverlongConfig,
+    ParquetSource,
     ReasoningGymSource,
     RolloutConfig,
     RunConfig,
@@ -31,6 +34,11 @@ TREE: dict[str, Any] = {
     "model": {"path": "org/model"},
     "data": {"train": {"kind": "jsonl", "path": "rows.jsonl"}, "max_prompt_tokens": 8},
     "rollout": {"max_new_tokens": 8},
+}
+
+MIX: dict[str, Any] = {
+    "kind": "mix",
+    "sources": {"a": {"kind": "csv", "path": "a.csv"}, "b": {"kind": "parquet", "path": "b/*.parquet", "limit": 5}},
 }
 
 
@@ -143,6 +151,17 @@ def test_data_kind_decides_the_source(tmp_path: Path) -> None:
     assert config.data.eval == ReasoningGymSource(task="gcd", size=20)
 
 
+def test_data_mix_has_sources_of_any_kind_and_weights(tmp_path: Path) -> None:
+    config = _load(tmp_path, {"data.train": MIX | {"weights": {"b": 0.5}}}, "--data.train.weights", '{"a": 3}')
+    train = config.data.train
+    assert isinstance(train, MixSource)
+    assert train.sources == {"a": CsvSource(path=Path("a.csv")), "b": ParquetSource(path=Path("b/*.parquet"), limit=5)}
+    # The flag adds to what the file says, as one of a section does.
+    assert (train.weight("a"), train.weight("b")) == (3.0, 0.5)
+    assert _load(tmp_path, {"data.train": MIX}).data.train.weight("a") == 1.0  # type: ignore[union-attr]
+    assert RunConfig.model_validate(config.model_dump(mode="json")) == config
+
+
 def test_overlong_is_off_unless_set_and_a_flag_is_enough(tmp_path: Path) -> None:
     assert _load(tmp_path).reward.overlong is None and not _load(tmp_path).pipeline.filter_overlong
     flags = ("--reward.overlong.buffer_tokens", "7", "--pipeline.filter_overlong", "true")
@@ -205,8 +224,15 @@ def test_batch_and_updates_fit_exactly_if_they_divide_whatever_the_ranks(batch: 
         ({"learner.betas": [0.9]}, "learner.betas.1 is not set; it is required. Add it to the config."),
         ({"model": {}}, "model.path is not set; it is required. Add it to the config."),
         ({"data.train": {"kind": "jsonl"}}, "data.train.path is not set; it is required. Add it to the config."),
-        ({"data.train": {"path": "x"}}, "data.train.kind is not set; it must be one of 'jsonl', 'huggingface', 'reasoning_gym'."),
-        ({"data.train.kind": "csv"}, "data.train.kind is csv; it must be one of 'jsonl', 'huggingface', 'reasoning_gym'."),
+        ({"data.train": {"path": "x"}}, "data.train.kind is not set; it must be one of 'jsonl', 'json', 'csv', 'parquet', 'saved', 'huggingface', 'reasoning_gym', 'mix'."),
+        ({"data.train.kind": "xml"}, "data.train.kind is xml; it must be one of 'jsonl', 'json', 'csv', 'parquet', 'saved', 'huggingface', 'reasoning_gym', 'mix'."),
+        ({"data.eval": {"kind": "mix", "sources": {"a": {"kind": "csv", "path": "x"}}}}, "data.eval.kind is mix; it must be one of 'jsonl', 'json', 'csv', 'parquet', 'saved', 'huggingface', 'reasoning_gym'."),
+        ({"data.train": {"kind": "mix", "sources": {}}}, "data.train.sources is {}; dictionary should have at least 1 item"),
+        ({"data.train": MIX | {"weights": {"c": 1}}}, "data.train.weights.c is 1.0; there is no source c (there are a, b). Remove it."),
+        ({"data.train": MIX | {"weights": {"b": 0}}}, "data.train.weights.b is 0.0; it must be above 0. Raise it, or remove the source."),
+        ({"data.train": {"kind": "mix", "sources": {"a b": {"kind": "csv", "path": "x"}}}}, "data.train.sources is"),
+        ({"data.train": {"kind": "mix", "sources": {"a": {"kind": "csv"}}}}, "data.train.sources.a.path is not set; it is required. Add it to the config."),
+        ({"data.train": {"kind": "csv", "path": "x", "list_key": "y"}}, "data.train.list_key is 'y'; another kind has this key."),
         ({"objective.kind": "ppo"}, "objective.kind is ppo; it must be one of 'maspo', 'grpo'. Set it."),
         ({"objective.epsilon": 0.2}, "objective.epsilon is 0.2; another kind has this key. Set objective.kind to that one,"),
         ({"rollout.temperature": 0}, "rollout.temperature is 0; a greedy policy has no log-probs to learn from, so it must be above 0. Set it to 1.0."),

@@ -1,10 +1,12 @@
 """Every config that ships: parses, names classes that are there, and fits the nodes that it is written for."""
 
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
-from maspo_ray.config import load_config
+from maspo_ray.config import DataConfig, load_config
 from maspo_ray.fleet.loading import load_classes
 from maspo_ray.fleet.placement import config_nodes, demands, plan
 
@@ -23,6 +25,14 @@ def test_example_parses_and_its_classes_are_there(path: Path, monkeypatch: pytes
     monkeypatch.syspath_prepend(path.parent)
     classes = load_classes(load_config(path))
     assert {"rollout", "reward", "learner"} <= classes.keys()
+
+
+def test_sections_shown_in_the_docs_of_the_data_are_right() -> None:
+    shown = re.findall(
+        r"^```yaml\n(.*?)^```", (EXAMPLES.parent / "docs" / "data.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    kinds = {DataConfig.model_validate(yaml.safe_load(block)["data"]).train.kind for block in shown}
+    assert kinds == {"parquet", "huggingface", "mix"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=NAMES)

@@ -38,7 +38,7 @@ FLOORS: dict[str, list[str]] = {
     "maspo_ray.testing": [],
     "maspo_ray.advantages": [],
     "maspo_ray.objectives": ["tensor_ops", "base", "maspo", "peers", "metrics", "breakdown", ""],
-    "maspo_ray.data": ["", "sources", "samplers", "prompts"],
+    "maspo_ray.data": ["", "bad_rows", "tables", "files", "sources", "run_rows", "prompts", "samplers", "stream"],
     "maspo_ray.model_shape": [],
     "maspo_ray.model_limits": [],
     "maspo_ray.preflight": [],

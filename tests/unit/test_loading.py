@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
-from maspo_ray.config import DataConfig, PipelineConfig, RunConfig
+from maspo_ray.config import DataConfig, PipelineConfig, RewardConfig, RunConfig
 from maspo_ray.data.samplers import PassRateSampler, UniformSampler
 from maspo_ray.errors import ConfigError
 from maspo_ray.fleet.loading import (
     PROTOCOLS,
     load_actor_class,
+    load_answer_check,
     load_classes,
     load_late_policy,
     load_role,
@@ -20,7 +21,7 @@ from maspo_ray.fleet.loading import (
     protocol_methods,
 )
 from maspo_ray.groups.late_policy import DropStale, TrainStale
-from maspo_ray.protocols import LatePolicy, Sampler
+from maspo_ray.protocols import AnswerCheck, LatePolicy, Sampler
 
 Write = Callable[[str], str]
 
@@ -406,3 +407,42 @@ def test_load_class_that_objects_to_its_section_is_heard(write: Write) -> None:
     actor = {"actor": f"{module}:A"}
     assert load_role(_config(reward=actor), "reward").__name__ == "A"
     assert _role_fault(_config(reward={**actor, "cpus": 2}), "reward") == "reward.cpus is 2; too many. Lower it."
+
+
+# What a reward says of answers.
+
+CHECKS = """
+class Silent:
+    def score(self, prompt, completions): ...
+
+class Bounded(Silent):
+    def __init__(self, most):
+        self.most = most
+    def check_answer(self, answer, metadata):
+        return None if answer <= self.most else f"Bounded takes at most {self.most}"
+
+class WrongSignature(Silent):
+    def check_answer(self, answer): ...
+
+class Raises(Bounded):
+    def __init__(self):
+        raise OSError("no such licence")
+"""
+
+
+def test_answer_check_is_the_rewards_own_made_with_its_args(write: Write) -> None:
+    name = write(CHECKS)
+
+    def check_of(class_name: str, **args: object) -> AnswerCheck | None:
+        reward = RewardConfig(actor=f"{name}:{class_name}", args=args)
+        return load_answer_check(load_actor_class("reward", reward.actor), reward)
+
+    assert check_of("Silent") is None
+    check = check_of("Bounded", most=3)
+    assert check is not None and (check(3, {}), check(4, {})) == (None, "Bounded takes at most 3")
+    with pytest.raises(
+        ConfigError, match=r"its method check_answer\(self, answer\) cannot be called as ChecksAnswers says"
+    ):
+        check_of("WrongSignature")
+    with pytest.raises(ConfigError, match=r"^reward.args is {}; Raises does not take it \(OSError: no such licence\)"):
+        check_of("Raises")

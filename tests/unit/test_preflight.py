@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from maspo_ray.config import DataConfig, JsonlSource, LoraConfig, ModelConfig, ReasoningGymSource, RunConfig
+from maspo_ray.config import LoraConfig, ModelConfig, RunConfig
 from maspo_ray.errors import ConfigError
 from maspo_ray.preflight import (
     CPU_HEAD_SIZES,
-    check_data,
     check_lora,
     check_model,
     check_object_store,
@@ -225,19 +224,16 @@ def test_preflight_looks_at_the_adapters_targets(tmp_path: Path) -> None:
 # The data.
 
 
-def test_data_faults_name_the_field_of_train_and_of_eval(tmp_path: Path) -> None:
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"prompt": "a", "answer": "b"}\n')
-    train, missing = JsonlSource(path=rows), JsonlSource(path=tmp_path / "no.jsonl")
-    check_data(DataConfig(train=train, eval=train))
-    with pytest.raises(ConfigError, match=f"^data.train.path is {missing.path}; there is no such file"):
-        check_data(DataConfig(train=missing))
-    with pytest.raises(ConfigError, match=f"^data.eval.path is {missing.path}; there is no such file"):
-        check_data(DataConfig(train=train, eval=missing))
-
-
-def test_data_of_other_kinds_is_left_to_their_loading() -> None:
-    check_data(DataConfig(train=ReasoningGymSource(task="no_such_task")))
+def test_preflight_reads_files_and_leaves_other_kinds_to_their_loading(tmp_path: Path) -> None:
+    _model(tmp_path / "model", LLAMA)
+    missing = {"kind": "jsonl", "path": str(tmp_path / "no.jsonl")}
+    with pytest.raises(ConfigError) as caught:
+        preflight(_config(tmp_path, data={"train": missing, "eval": missing}), resume=False)
+    assert [line.partition(";")[0] for line in str(caught.value).splitlines()] == [
+        f"data.train.path is {missing['path']}",
+        f"data.eval.path is {missing['path']}",
+    ]
+    preflight(_config(tmp_path, data={"train": {"kind": "reasoning_gym", "task": "no_such_task"}}), resume=False)
 
 
 # The run's folder.
@@ -342,7 +338,7 @@ def test_preflight_head_size_counts_only_where_rollout_has_no_gpu(tmp_path: Path
 
 
 def test_preflight_imports_no_heavy_library() -> None:
-    heavy = "{'torch', 'ray', 'vllm', 'transformers', 'datasets', 'reasoning_gym'}"
+    heavy = "{'torch', 'ray', 'vllm', 'transformers', 'datasets', 'pyarrow', 'reasoning_gym'}"
     code = f"import sys, maspo_ray.preflight; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

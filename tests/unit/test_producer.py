@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from maspo_ray.config import RunConfig
-from maspo_ray.data.prompts import PromptStream
 from maspo_ray.data.samplers import PassRateSampler
+from maspo_ray.data.stream import PromptStream
 from maspo_ray.experience import CompletionFacts, Experience, Outcome, Prompt, Rollout, Verdict
 from maspo_ray.groups.intake import Intake
 from maspo_ray.groups.late_policy import DropStale
@@ -24,7 +24,7 @@ MAX_NEW_TOKENS = 8
 class _Group:
     """A producer whose groups all have the same rollouts, as many as may start."""
 
-    def __init__(self, rollouts: list[Rollout], **sections: Any) -> None:
+    def __init__(self, rollouts: list[Rollout], source: str = "", **sections: Any) -> None:
         tree = {
             "model": {"path": "org/model"},
             "data": {"train": {"kind": "jsonl", "path": "rows.jsonl"}, "max_prompt_tokens": 8},
@@ -33,7 +33,7 @@ class _Group:
             **sections,
         }
         self.sampler = PassRateSampler(1, shuffle=False, seed=0)
-        prompts = [Prompt("train/0", "a", np.zeros(3, dtype=np.int32), None)]
+        prompts = [Prompt("train/0", "a", np.zeros(3, dtype=np.int32), None, source=source)]
         self.ledger: list[dict[str, Any]] = []
 
         async def sample(*_: Any, **__: Any) -> Sampled:
@@ -103,6 +103,18 @@ def test_group_advantages_are_of_rewards_less_the_penalty_and_the_metrics_of_the
     assert metrics["reward/overlong_penalty"] == pytest.approx(1.4 / 3)
     assert metrics["completion/cut_off_share"] == 0.5
     assert metrics["completion/left_out_share"] == 0.25
+
+
+def test_group_of_a_mixs_source_counts_in_that_sources_columns_and_the_others_are_there() -> None:
+    source = {"kind": "jsonl", "path": "rows.jsonl"}
+    data = {"train": {"kind": "mix", "sources": {"sums": source, "words": source}}, "max_prompt_tokens": 8}
+    rollouts = [_rollout(1.0), _rollout(0.25), _rollout(0.25), _rollout(math.nan)]
+    metrics = _Group(rollouts, "sums", data=data, pipeline={"groups_per_step": 3, "max_staleness": 0}).metrics
+    assert metrics["source/sums/groups"] == 3
+    assert metrics["source/sums/reward"] == metrics["reward/mean"] == pytest.approx(0.5)
+    assert metrics["source/sums/accuracy"] == metrics["reward/accuracy"] == pytest.approx(1 / 3)
+    assert metrics["source/words/groups"] == 0
+    assert math.isnan(metrics["source/words/reward"]) and math.isnan(metrics["source/words/accuracy"])
 
 
 def test_group_cut_off_completions_are_left_out_after_they_counted_in_the_baseline() -> None:

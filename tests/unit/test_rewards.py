@@ -1,9 +1,11 @@
 """The built-in rewards: what counts as right, what as wrong, and what cannot be scored."""
 
+import math
 import pickle
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -12,10 +14,10 @@ from actors.rewards.exact_match import ExactMatchReward
 from actors.rewards.math_verify import MathVerifyReward
 from actors.rewards.reasoning_gym import ReasoningGymReward
 from maspo_ray.config import ReasoningGymSource
-from maspo_ray.data.sources import read_rows
+from maspo_ray.data.sources import read_source
 from maspo_ray.errors import ConfigError
 from maspo_ray.experience import Prompt, Verdict
-from maspo_ray.protocols import RewardActor
+from maspo_ray.protocols import ChecksAnswers, RewardActor
 from maspo_ray.testing import make_completion, make_prompt
 
 
@@ -30,7 +32,7 @@ def _rewards(actor: RewardActor, answer: Any, *texts: str) -> list[float]:
 
 
 def _gym_prompt(task: str, args: dict[str, Any] | None = None) -> Prompt:
-    row = read_rows(ReasoningGymSource(task=task, size=1, seed=3, args=args or {}), "data.train")[0]
+    row = read_source(ReasoningGymSource(task=task, size=1, seed=3, args=args or {}), "data.train").rows[0]
     return make_prompt(row.text, row.answer, row.metadata)
 
 
@@ -200,5 +202,32 @@ def test_reasoning_gym_scorer_that_fails_on_its_own_answer_raises() -> None:
 
 
 def test_reasoning_gym_prompt_of_other_data_raises() -> None:
-    with pytest.raises(ValueError, match="prompt test/0 has no reasoning-gym entry; this reward needs data of kind"):
+    with pytest.raises(
+        ValueError, match="prompt test/0 has no reasoning-gym entry; ReasoningGymReward needs data of kind"
+    ):
         _rewards(ReasoningGymReward(), "7", "7")
+
+
+# Which answers a reward takes.
+
+
+@pytest.mark.parametrize(
+    ("reward", "taken", "refused"),
+    [
+        (ExactMatchReward(), ["7", "a b", 7, -1], [None, "", " \n", 7.0, True, ["7"], {"a": 1}, Decimal(7)]),
+        (MathVerifyReward(), ["7", "\\frac12", 7, 0.5, 1e-9], [None, "", " ", math.nan, math.inf, True, ["7"], ("1", "2"), {"a": 1}]),
+    ],
+)  # fmt: skip
+def test_reward_says_which_answers_it_takes(reward: ChecksAnswers, taken: list[Any], refused: list[Any]) -> None:
+    assert [reward.check_answer(answer, {}) for answer in taken] == [None] * len(taken)
+    for answer in refused:
+        cause = reward.check_answer(answer, {})
+        assert cause is not None and cause.startswith(f"{type(reward).__name__} takes a "), answer
+
+
+def test_reasoning_gym_takes_its_own_prompts_alone() -> None:
+    prompt = _gym_prompt("chain_sum")
+    assert ReasoningGymReward().check_answer(prompt.answer, prompt.metadata) is None
+    cause = "ReasoningGymReward needs data of kind reasoning_gym"
+    assert ReasoningGymReward().check_answer(prompt.answer, {}) == cause
+    assert ReasoningGymReward().check_answer(prompt.answer, prompt.metadata | {"entry": None}) == cause

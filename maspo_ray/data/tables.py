@@ -1,0 +1,102 @@
+"""Tables that `datasets` reads → records: Parquet files, what `save_to_disk` wrote, datasets of the hub.
+
+Promise: a record has a value for each column, of Python's own types; whatever `datasets` raises is a `ConfigError` of one line. The library
+takes most of a second to import, so that happens only where a table is read.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from maspo_ray.config import HuggingFaceSource, SavedSource
+from maspo_ray.data.bad_rows import Fault
+from maspo_ray.errors import ConfigError
+
+Record = dict[str, Any]
+Records = Iterator[tuple[str, Record | Fault]]
+"""(place of the row, the row) of each."""
+
+
+def hub_records(source: HuggingFaceSource, where: str) -> Records:
+    """Returns the records of a dataset of the hub, or of a folder laid out like one; at most `limit`, so that no more are kept in memory."""
+    from datasets import load_dataset
+
+    field = where.partition(".name")[0]
+    with _one_line(where, f"Check {field}.name, subset and split"):
+        data = load_dataset(source.name, source.subset, split=source.split)
+        if source.limit is not None:
+            data = data.select(range(min(source.limit, len(data))))
+        records = data.to_list()
+    return _numbered(records)
+
+
+def parquet_records(files: list[Path], where: str) -> Records:
+    from datasets import load_dataset
+    from pyarrow.parquet import ParquetFile
+
+    paths = [str(file) for file in files]
+    # In a cache of its own: the default one would keep a second copy of each file for good.
+    with (
+        tempfile.TemporaryDirectory(prefix="maspo-data-") as cache,
+        _no_progress_bars(),
+        _one_line(where, "Give Parquet files, of the same columns where there are several"),
+    ):
+        counts = [ParquetFile(path).metadata.num_rows for path in paths]
+        records = load_dataset("parquet", data_files=paths, split="train", cache_dir=cache).to_list()
+    places = ((file, index) for file, count in zip(files, counts, strict=True) for index in range(count))
+    for (file, index), record in zip(places, records, strict=True):
+        yield (f"{file}, row {index}" if len(files) > 1 else f"row {index}"), record
+
+
+def saved_records(source: SavedSource, where: str) -> Records:
+    """Returns the records of a folder that `datasets` wrote by `save_to_disk`."""
+    from datasets import Dataset, load_from_disk
+
+    if not source.path.is_dir():
+        raise ConfigError(f"{where}; there is no such folder. Give one that save_to_disk of datasets wrote.")
+    field = where.partition(".path")[0]
+    with _one_line(where, "Give a folder that save_to_disk of datasets wrote"):
+        data = load_from_disk(str(source.path))
+    if not isinstance(data, Dataset):
+        if source.split is None and len(data) > 1 or source.split is not None and source.split not in data:
+            raise ConfigError(f"{where}; it holds the splits {', '.join(data)}. Set {field}.split to one of them.")
+        data = data[source.split or next(iter(data))]
+    elif source.split is not None:
+        raise ConfigError(
+            f"{field}.split is {source.split}; {source.path} holds one dataset without splits. Remove it."
+        )
+    with _one_line(where, "Save it again"):
+        records = data.to_list()
+    return _numbered(records)
+
+
+def _numbered(records: list[Record]) -> Records:
+    for index, record in enumerate(records):
+        yield f"row {index}", record
+
+
+@contextmanager
+def _one_line(where: str, remedy: str) -> Iterator[None]:
+    """Within, whatever `datasets` raises is one line."""
+    try:
+        yield
+    except Exception as error:
+        # The library raises errors of its own, of Arrow, of the hub's client and of the operating system, which have no base class but this.
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(f"{where}; loading it fails: {cause}. {remedy}.") from error
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Within, `datasets` shows no progress bars: there is nothing to download."""
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
