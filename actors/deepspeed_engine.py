@@ -23,14 +23,7 @@ from actors.lora import Weight, adapters_of, weights_of
 from actors.token_model import TokenModel
 from maspo_ray.config import LearnerConfig, ModelConfig
 from maspo_ray.errors import RunError
-
-
-def zero_stage_of(learner: LearnerConfig, model: ModelConfig, world_size: int) -> int:
-    """Returns the ZeRO stage: the config's, else 1, or 0 where there is nothing to shard, to offload or to keep a float32 copy of."""
-    if learner.zero_stage is not None:
-        return learner.zero_stage
-    plain = world_size == 1 and model.dtype == "float32" and "zero_optimization" not in learner.deepspeed
-    return 0 if plain else 1
+from maspo_ray.zero_stage import zero_stage_of
 
 
 def deepspeed_config(learner: LearnerConfig, model: ModelConfig, world_size: int) -> dict[str, Any]:

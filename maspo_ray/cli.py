@@ -93,6 +93,7 @@ def _messages_shown() -> Iterator[None]:
 def _check(path: str, overrides: Sequence[str]) -> int:
     from maspo_ray.dtype_speed import warn_of_slow_bfloat16
     from maspo_ray.fleet.loading import load_plugins
+    from maspo_ray.fleet.memory import say_what_they_take
     from maspo_ray.fleet.placement import config_nodes, demands, plan
     from maspo_ray.preflight import preflight
     from maspo_ray.sampling import say_what_the_ratio_leaves_out
@@ -105,6 +106,7 @@ def _check(path: str, overrides: Sequence[str]) -> int:
     planned = plan(demands(config), config_nodes(config.placement))
     print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     print(planned.table())
+    say_what_they_take(config, planned)
     return 0
 
 

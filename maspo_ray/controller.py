@@ -18,6 +18,7 @@ from maspo_ray.dtype_speed import warn_of_slow_bfloat16
 from maspo_ray.evaluation.evaluator import Evaluator
 from maspo_ray.fleet.fleet import Fleet
 from maspo_ray.fleet.loading import Plugins, load_plugins
+from maspo_ray.fleet.memory import estimate_memory, warn_of_what_does_not_fit
 from maspo_ray.fleet.placement import Plan, demands
 from maspo_ray.fleet.ray_session import connected, object_store_bytes
 from maspo_ray.fleet.reservation import Reservation, reserve, wait_for_cluster
@@ -47,6 +48,7 @@ def train(config: RunConfig, resume: bool = False) -> RunSummary:
     with connected(config.placement) as may_grow:
         plan = wait_for_cluster(demands(config), config.placement.wait_s if may_grow else 0.0)
         check_object_store(config, object_store_bytes())
+        warn_of_what_does_not_fit(estimate_memory(config, plan))
         reservation = reserve(plan, config.placement.wait_s)
         try:
             return asyncio.run(_Session(config, plugins, prompts, rows, plan, reservation).run())

@@ -310,13 +310,21 @@ class EvalConfig(TruncationConfig):
     """Steps between evaluations; 0 evaluates before and after training only."""
     samples: int = Field(1, ge=1)
     """Completions for each held-out prompt (k)."""
-    temperature: float = Field(1.0, gt=0, le=2)
+    temperature: float = Field(1.0, ge=0, le=2)
+    """0 takes the most probable token each time."""
     min_new_tokens: int | None = Field(None, ge=0)
     """By default `rollout.min_new_tokens`, as the next two are by default those of `rollout`."""
     stop: StopStrings | None = None
     stop_token_ids: StopTokens | None = None
     name: str = "heldout"
     """Written as `set` in eval.jsonl."""
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> Self:
+        if self.samples > 1 and (self.temperature == 0 or self.top_k == 1):
+            key = "temperature is 0" if self.temperature == 0 else "top_k is 1"
+            raise ValueError(f"samples is {self.samples}; where {key} they are all the same. Set it to 1.")
+        return self
 
 
 class CheckpointConfig(Section):

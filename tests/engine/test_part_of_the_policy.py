@@ -102,3 +102,8 @@ def test_a_stop_string_is_the_end_of_tokens_and_text(engine: Any, tiny_model: st
         )
         assert whole.startswith(completion.text)
         assert not any(stop in before.removeprefix(early) for stop in stops)
+
+
+def test_a_greedy_evaluation_takes_the_most_probable_token(engine: Any, model: PreTrainedModel) -> None:
+    for completion in _sample(engine, n=2, temperature=0.0, top_p=1.0):
+        assert _whole(model, completion).argmax(-1).tolist() == completion.token_ids.tolist()

@@ -37,8 +37,10 @@ sys.exit(main(["check", sys.argv[1]]))
 def _printed(name: str, capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, object], list[list[str]]]:
     """Returns the resolved config and the rows of the plan, without the heading, that `maspo check` prints."""
     assert main(["check", str(GPU / name)]) == 0
-    tree, heading, table = capsys.readouterr().out.partition("node    role")
-    assert heading
+    tree, heading, tables = capsys.readouterr().out.partition("node    role")
+    # Behind it stands the estimate of memory.
+    table, memory, _ = tables.partition("\nmemory")
+    assert heading and memory
     return yaml.safe_load(tree), [line.split() for line in table.splitlines()[1:]]
 
 

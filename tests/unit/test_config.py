@@ -257,6 +257,8 @@ def test_batch_and_updates_fit_exactly_if_they_divide_whatever_the_ranks(batch: 
         ({"rollout.max_model_tokens": 10, "data.max_prompt_tokens": 10}, "data.max_prompt_tokens is 10; a prompt so long would leave no room for a completion within rollout.max_model_tokens (10). Lower it."),
         ({"rollout.min_new_tokens": 9}, "rollout.min_new_tokens is 9; it may be at most rollout.max_new_tokens (8). Lower it."),
         ({"eval.min_new_tokens": 9}, "eval.min_new_tokens is 9; it may be at most rollout.max_new_tokens (8). Lower it."),
+        ({"eval.samples": 4, "eval.temperature": 0}, "eval.samples is 4; where temperature is 0 they are all the same. Set it to 1."),
+        ({"eval.samples": 4, "eval.top_k": 1}, "eval.samples is 4; where top_k is 1 they are all the same. Set it to 1."),
         ({"rollout.top_k": 1}, "rollout.top_k is 1; completions of a group would all be the same. Set it to 2 or more, or remove it."),
         ({"data.chat_template": False, "data.system_prompt": "x"}, "data.system_prompt is set; it needs data.chat_template."),
         ({"objective.sigma_max": 0.5}, "objective.sigma_max is 0.5; it must be at least sigma_base (1.0). Raise it."),
