@@ -72,9 +72,10 @@ def probe_bundles(model: PreTrainedModel) -> list[Bundled]:
     """Returns a few random tokens of the model's vocabulary, none of which its config gives a meaning: prompts, and completions of each,
     one of which has a single token."""
     config = model.config.get_text_config()
-    rows = min(len(model.get_output_embeddings().weight), 512)
+    # The last rows may be padding, of which the architecture makes no logits.
+    rows = min(len(model.get_output_embeddings().weight) // 2, 512)
     special = {value for each in (config, model.config) for key, value in each.to_dict().items() if key.endswith("_id")}
-    usual = [token for token in range(rows) if token not in special]
+    usual = [token for token in range(rows) if token not in special] or [0]
     rng = np.random.default_rng(0)
 
     def ids(length: int) -> np.ndarray:

@@ -33,6 +33,8 @@ _ROUTED = {
     "topk_group": 1,
 }
 _LATENT = {"kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32}
+# With few heads many keys' scores are 0, and which of equal ones are taken is an accident.
+_INDEXER = {"index_n_heads": 16, "index_head_dim": 32, "index_topk": 8}
 _WINDOW = {"sliding_window": 6}
 _MIXED = {**_WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 _MAMBA = {"mamba_d_state": 16, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_chunk_size": 16}
@@ -64,6 +66,7 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
         "phi": {},
         "gpt_neox": {},
         "jais2": {},
+        "hrm_text": _HEAD,
         "hunyuan_v1_dense": _HEAD,
         "minicpm3": {**_LATENT, "scale_emb": 2, "dim_model_base": 16, "tie_word_embeddings": False},
     },
@@ -107,6 +110,28 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
         "cohere2": {**_HEAD, **_MIXED, "logit_scale": 0.25},
         "granite": {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5},
         "hyperclovax": {**_HEAD, "logits_scaling": 0.5},
+        "granite_swa": {**_HEAD, **_WINDOW, "logits_scaling": 3.0},
+        "gemma3n_text": {
+            **_HEAD,
+            **_WINDOW,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 2,
+            "vocab_size_per_layer_input": 64,
+            "hidden_size_per_layer_input": 16,
+            "laurel_rank": 8,
+            "intermediate_size": [128] * 4,
+            "activation_sparsity_pattern": [0.0] * 4,
+            "final_logit_softcapping": 4.0,
+        },
+        "gemma4_text": {
+            **_HEAD,
+            **_MIXED,
+            "vocab_size_per_layer_input": 64,
+            "hidden_size_per_layer_input": 16,
+            "global_head_dim": 32,
+            "final_logit_softcapping": 4.0,
+        },
     },
     "experts": {
         "mixtral": {**_HEAD, **_LOCAL_EXPERTS},
@@ -145,6 +170,22 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
         "mellum": {**_HEAD, **_EXPERTS, **_MIXED},
         "hy_v3": {**_HEAD, **_EXPERTS, "num_shared_experts": 1},
         "laguna": {**_HEAD, **_EXPERTS},
+        "axk1": {**_ROUTED, **_LATENT},
+        "cohere2_moe": {**_HEAD, **_MIXED, "num_experts": 4, "num_experts_per_tok": 2, "logit_scale": 0.25},
+        "granitemoe_swa": {**_HEAD, **_LOCAL_EXPERTS, **_WINDOW, "logits_scaling": 3.0},
+        "longcat_flash": {
+            **_LATENT,
+            **_HEAD,
+            "num_layers": 2,
+            "ffn_hidden_size": 128,
+            "expert_ffn_hidden_size": 32,
+            "n_routed_experts": 4,
+            "zero_expert_num": 2,
+            "moe_topk": 2,
+        },
+        "deepseek_v32": {**_ROUTED, **_LATENT, **_INDEXER},
+        "glm_moe_dsa": {**_ROUTED, **_LATENT, **_INDEXER, "mlp_layer_types": ["dense", "sparse"]},
+        "hy_v4": {**_ROUTED, **_LATENT, **_INDEXER, **_HEAD},
         "dbrx": {
             "d_model": 64,
             "n_heads": 2,
@@ -156,6 +197,23 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "state": {
         "mamba": {"state_size": 16},
+        "inkling_text": {
+            **_HEAD,
+            "vocab_size": 72,
+            "unpadded_vocab_size": 64,
+            "swa_num_attention_heads": 2,
+            "swa_num_key_value_heads": 2,
+            "swa_head_dim": 32,
+            "sliding_window_size": 6,
+            "d_rel": 4,
+            "rel_extent": 64,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "n_shared_experts": 1,
+            "logits_mup_width_multiplier": 2.0,
+            "mlp_layer_types": ["dense", "sparse"],
+        },
         "mamba2": {"state_size": 16, "num_heads": 4, "head_dim": 32, "n_groups": 1, "chunk_size": 16},
         "falcon_mamba": {"state_size": 16},
         "bamba": {**_MAMBA, "attn_layer_indices": [1]},
