@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from actors.deepspeed_keys import check_deepspeed_keys
 from maspo_ray.config import KLConfig, LearnerConfig, ModelConfig, ObjectiveConfig
 from maspo_ray.errors import ConfigError
 from maspo_ray.experience import PublishReport, UpdateReport
@@ -52,6 +53,10 @@ class DeepSpeedLearner:
         self._seed = seed
         self._publisher: Any = None
         self._version = 0
+
+    @staticmethod
+    def check_config(learner: LearnerConfig) -> None:
+        check_deepspeed_keys(learner)
 
     def rendezvous(self) -> tuple[str, int]:
         import ray

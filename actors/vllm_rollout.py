@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from actors.vllm_keys import check_engine_keys
 from maspo_ray.config import ModelConfig, RolloutConfig
 from maspo_ray.experience import Completion, Sampling, VersionSpan
 from maspo_ray.weight_sync import backend_for
@@ -87,6 +88,10 @@ class VLLMRollout:
         self._threads = threads
         self._seed = seed
         self._num_requests = 0
+
+    @staticmethod
+    def check_config(rollout: RolloutConfig) -> None:
+        check_engine_keys(rollout)
 
     async def setup(self) -> None:
         os.environ.update({"TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1"})

@@ -102,10 +102,12 @@ class RolloutConfig(RoleConfig, TruncationConfig):
         {
             "model",
             "dtype",
+            "trust_remote_code",
             "seed",
             "max_model_len",
             "max_num_seqs",
             "logprobs_mode",
+            "generation_config",
             "weight_transfer_config",
             "worker_extension_cls",
             "tensor_parallel_size",
@@ -232,6 +234,7 @@ class LearnerConfig(RoleConfig):
             "optimizer",
             "scheduler",
             "bf16",
+            "bfloat16",
             "fp16",
         }
     )
