@@ -91,6 +91,7 @@ def _messages_shown() -> Iterator[None]:
 
 
 def _check(path: str, overrides: Sequence[str]) -> int:
+    from maspo_ray.config.without_effect import warn_of_keys_without_effect
     from maspo_ray.dtype_speed import warn_of_slow_bfloat16
     from maspo_ray.fleet.loading import load_plugins
     from maspo_ray.fleet.memory import say_what_they_take
@@ -99,6 +100,7 @@ def _check(path: str, overrides: Sequence[str]) -> int:
     from maspo_ray.sampling import say_what_the_ratio_leaves_out
 
     config = load_config(path, overrides)
+    warn_of_keys_without_effect(config)
     rows = preflight(config, resume=False)
     rows.check_answers(load_plugins(config).check_answer, config.reward.actor)
     warn_of_slow_bfloat16(config.model, config.learner)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from maspo_ray.config import RunConfig
+from maspo_ray.config.without_effect import warn_of_keys_without_effect
 from maspo_ray.data.prompts import RunPrompts, load_run_prompts, load_tokenizer
 from maspo_ray.data.run_rows import RunRows
 from maspo_ray.data.stream import train_stream
@@ -40,6 +41,7 @@ def train(config: RunConfig, resume: bool = False) -> RunSummary:
         ConfigError: the config names something that is not there; no actor was started.
         RunError: the run could not go on.
     """
+    warn_of_keys_without_effect(config)
     rows = preflight(config, resume)
     plugins = load_plugins(config)
     warn_of_slow_bfloat16(config.model, config.learner)

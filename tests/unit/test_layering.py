@@ -28,6 +28,7 @@ FLOORS: dict[str, list[str]] = {
         "faults",
         "yaml_file",
         "run",
+        "without_effect",
         "",
     ],
     "maspo_ray.experience": [],
