@@ -19,6 +19,7 @@ from deepspeed.accelerator import get_accelerator
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
+from actors.checkpoint_names import Piece, Shape, pieces_of
 from actors.lora import Weight, adapters_of, weights_of
 from actors.token_model import TokenModel
 from maspo_ray.config import LearnerConfig, ModelConfig
@@ -185,42 +186,43 @@ class UpdateSize:
 
 
 class EngineWeights:
-    """The engine's weights under their Hugging Face names, with adapters merged; under ZeRO-3, gathered only while they are read.
+    """The engine's weights, with adapters merged; under ZeRO-3, gathered only while they are read.
 
-    Reading is a collective among the ranks. A tied weight comes once, under the embedding's name.
+    Reading is a collective among the ranks. A tied weight comes once, as the embedding's.
 
     Attributes:
-        shapes: shape and dtype of each weight, under ZeRO-3 of the gathered one.
+        pieces: what the checkpoint's weights are computed from, piece by piece.
     """
 
     def __init__(self, engine: Any) -> None:
         self._weights = weights_of(engine.module.model)
         self._adapters = adapters_of(engine.module.model)
         self._gathers = engine.zero_optimization_partition_weights()
-        self.shapes = {name: self._shape(weight) for name, weight in self._weights.items()}
+        shapes = {name: self._shape(weight) for name, weight in self._weights.items()}
+        self.pieces = pieces_of(engine.module.model, shapes)
 
-    def _shape(self, weight: Weight) -> tuple[tuple[int, ...], torch.dtype]:
-        first: Any = weight.parts[0]
-        return tuple(first.ds_shape if self._gathers else first.shape), first.dtype
+    def _shape(self, weight: Weight) -> Shape:
+        first: Any = weight.parts[0] if weight.parts else weight.value()
+        return tuple(first.ds_shape if self._gathers and weight.parts else first.shape), first.dtype
 
-    def read(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields the named weights; under ZeRO-3 all of them are gathered at once."""
-        weights = [self._weights[name] for name in names]
-        with self._whole([part for weight in weights for part in weight.parts]):
-            for name, weight in zip(names, weights, strict=True):
-                yield name, weight.value()
+    def read(self, pieces: Sequence[Piece]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields the weights of these pieces by the checkpoint's names; under ZeRO-3 all of them are gathered at once."""
+        parts = [part for piece in pieces for name in piece.sources for part in self._weights[name].parts]
+        with self._whole(parts):
+            for piece in pieces:
+                yield from piece.convert([self._weights[name].value() for name in piece.sources]).items()
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Returns CPU copies of the merged weights, and of the adapters' parameters by their names in the model; on other ranks than the
-        first both are empty."""
+        """Returns CPU copies of the merged weights and of the adapters' parameters, by their names in memory, from which `save_pretrained`
+        makes the checkpoint's; on other ranks than the first both are empty."""
         is_first = dist.get_rank() == 0
         if not is_first and not self._gathers:
             return {}, {}
         weights = {}
-        for name in self._weights:
-            for _, weight in self.read([name]):
+        for name, weight in self._weights.items():
+            with self._whole(weight.parts):
                 if is_first:
-                    weights[name] = weight.to("cpu", copy=True)
+                    weights[name] = weight.value().to("cpu", copy=True)
         with self._whole(list(self._adapters.values())):
             return weights, {name: p.detach().to("cpu", copy=True) for name, p in self._adapters.items() if is_first}
 

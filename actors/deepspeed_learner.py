@@ -7,6 +7,7 @@ whose loss or gradient is not finite is not applied.
 import math
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from actors.deepspeed_keys import check_deepspeed_keys
 from maspo_ray.config import KLConfig, LearnerConfig, ModelConfig, ObjectiveConfig
+from maspo_ray.data.tokenizers import load_tokenizer
 from maspo_ray.errors import ConfigError
 from maspo_ray.experience import PublishReport, UpdateReport
 from maspo_ray.packing import Bundle, RankPlan
@@ -92,6 +94,7 @@ class DeepSpeedLearner:
             interface_of,
             start_engine,
         )
+        from actors.experts import LoadBalance, balance_coefficient, freeze_routers
         from actors.model_check import check_model
         from actors.token_model import load_token_model
 
@@ -108,7 +111,11 @@ class DeepSpeedLearner:
             raise ConfigError(
                 "learner.zero_stage is 3; this model runs a sequence at a time, which its ranks cannot do in step. Set it to 2."
             )
+        if self._config.router == "frozen":
+            freeze_routers(model.model)
         self._engine = start_engine(model, self._config, self._model_config, self._total_updates)
+        balance = balance_coefficient(model.model, self._config.router_aux_loss_coef)
+        self._balance = LoadBalance(model.model, balance) if balance > 0 else None
         self._weights = EngineWeights(self._engine)
         self._update_size = UpdateSize(self._engine)
 
@@ -201,7 +208,8 @@ class DeepSpeedLearner:
         from maspo_ray.objectives.tensor_ops import kl_estimate, masked_sum
 
         batch = gather_micro_batch(bundles, payloads, self._version, self._device)
-        logprobs, entropy = self._engine(batch.tokens, self._temperature)
+        with self._balance.recording() if self._balance else nullcontext():
+            logprobs, entropy = self._engine(batch.tokens, self._temperature)
         recompute = self._objective.old_policy == "recompute"
         if old is None:
             old = logprobs.detach() if recompute else batch.behaviour_logprobs
@@ -223,6 +231,11 @@ class DeepSpeedLearner:
             divergence = kl_estimate(logprobs, batch.reference_logprobs, self._kl.estimator)
             sums.add("kl", divergence, batch.mask)
             token_loss = token_loss + self._kl.coef * divergence
+        if self._balance:
+            # Added to each token's loss, so that a micro-batch counts by its tokens.
+            balance = self._balance.loss().expand_as(token_loss)
+            sums.add("load_balance", balance, batch.mask)
+            token_loss = token_loss + self._balance.coefficient * balance
         sums.add("loss", token_loss, batch.mask)
         loss = masked_sum(token_loss, batch.mask)
         # An update is left out where its gradient is not finite. A loss that is NaN can have a finite gradient, since that of a clamp is
@@ -264,15 +277,13 @@ class DeepSpeedLearner:
         return report
 
     def save(self, folder: str) -> None:
-        from transformers import AutoTokenizer
-
         state, adapters = self._weights.state()
         if self._rank > 0:
             return
         model = self._engine.module.model
         with whole_folder(Path(folder)) as partial:
             model.save_pretrained(partial, state_dict=state)
-            AutoTokenizer.from_pretrained(self._model_config.path).save_pretrained(partial)
+            load_tokenizer(self._model_config).save_pretrained(partial)
             if adapters:
                 from actors.lora import save_adapter
 

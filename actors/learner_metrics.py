@@ -28,6 +28,7 @@ _SHARES = {
     "importance_weight": "objective/importance_weight_mean",
     "policy_loss": "objective/policy_loss",
     "kl": "objective/kl",
+    "load_balance": "objective/load_balance",
     "loss": "loss",
 }
 """A sum over tokens → the column of metrics.jsonl that its mean over the batch's tokens is."""

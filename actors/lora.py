@@ -29,7 +29,7 @@ class Weight:
     """One of a model's weights, merged with its adapter where it has one.
 
     Attributes:
-        parts: the parameters that the weight is computed from; its shape and dtype are those of the first.
+        parts: the parameters that the weight is computed from, whose first has its shape and dtype; none for a buffer.
         value: returns the weight, detached; under ZeRO-3 the parts must be gathered.
     """
 
@@ -75,18 +75,26 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig) -> None:
 
 
 def weights_of(model: PreTrainedModel) -> dict[str, Weight]:
-    """Returns the model's weights under their Hugging Face names, adapters merged in; tied ones once, as the embedding."""
+    """Returns the model's weights by their names in memory, persistent buffers included, adapters merged in; tied ones once, as the
+    embedding."""
     adapted = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
     found: dict[str, Weight] = {}
-    for name, parameter in model.named_parameters():
+    own = set(model._keys_to_ignore_on_save or ())
+    seen: set[int] = set()
+    for name, parameter in model.state_dict(keep_vars=True).items():
+        if id(parameter) in seen or name in own:
+            continue
+        seen.add(id(parameter))
         # peft wraps an adapted module and keeps the original as its `base_layer`.
         own_name = name.replace(".base_layer.", ".")
         place, _, leaf = own_name.rpartition(".")
         if any(place.startswith(f"{other}.") for other in adapted):
             # A parameter of an adapter, which its weight's merged value holds.
             continue
-        merges = place in adapted and leaf == "weight"
-        found[own_name] = _merged(parameter, adapted[place]) if merges else Weight((parameter,), parameter.detach)
+        if place in adapted and leaf == "weight":
+            found[own_name] = _merged(parameter, adapted[place])
+        else:
+            found[own_name] = Weight((parameter,) if isinstance(parameter, Parameter) else (), parameter.detach)
     return found
 
 

@@ -12,9 +12,10 @@ from contextlib import contextmanager
 
 from maspo_ray.config import RunConfig
 from maspo_ray.config.without_effect import warn_of_keys_without_effect
-from maspo_ray.data.prompts import RunPrompts, load_run_prompts, load_tokenizer
+from maspo_ray.data.prompts import RunPrompts, load_run_prompts
 from maspo_ray.data.run_rows import RunRows
 from maspo_ray.data.stream import train_stream
+from maspo_ray.data.tokenizers import load_tokenizer
 from maspo_ray.dtype_speed import warn_of_slow_bfloat16
 from maspo_ray.evaluation.evaluator import Evaluator
 from maspo_ray.fleet.fleet import Fleet

@@ -219,6 +219,11 @@ class LearnerConfig(RoleConfig):
     """Pay for a prompt once for all its completions in a micro-batch: each attends to the one copy and to itself alone. The
     result is the same. Where the attention cannot do it (sliding windows, states; eager, flash_attention_2) each has its own."""
     gradient_checkpointing: bool = False
+    router: Literal["trained", "frozen"] = "trained"
+    """Of a mixture of experts: whether the weights that choose experts are trained with the rest."""
+    router_aux_loss_coef: float | None = Field(None, ge=0)
+    """Of a mixture of experts: the load-balancing loss is added times this; by default times the model's own coefficient where its
+    config has `output_router_logits: true`, else not at all."""
     max_skipped_updates: int = Field(3, ge=0)
     """An update whose loss or gradient is not finite is left out and logged with its groups; more in a row stop the run."""
     deepspeed: dict[str, Any] = {}

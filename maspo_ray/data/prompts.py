@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from maspo_ray.config import DataConfig, ModelConfig
+from maspo_ray.config import DataConfig
 from maspo_ray.data.bad_rows import BadRow, Fault
 from maspo_ray.data.run_rows import RunRows
 from maspo_ray.data.sources import Message, Row, SourceRows
@@ -37,26 +37,6 @@ class RunPrompts:
 
     train: Mapping[str, Sequence[Prompt]]
     held_out: Sequence[Prompt]
-
-
-def load_tokenizer(model: ModelConfig) -> "PreTrainedTokenizerBase":
-    """Returns the model's tokenizer.
-
-    Raises:
-        ConfigError: it cannot be loaded.
-    """
-    # Imported here: transformers takes seconds, and what the checks before refuse is answered without it.
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
-    except Exception as error:
-        # Of the library, of the hub's client, of the model's own code.
-        cause = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ConfigError(
-            f"model.path is {model.path}; its tokenizer cannot be loaded ({cause}). Mend its files."
-        ) from error
-    return cast("PreTrainedTokenizerBase", tokenizer)
 
 
 def load_run_prompts(rows: RunRows, data: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> RunPrompts:

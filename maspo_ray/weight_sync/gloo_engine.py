@@ -112,6 +112,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
     def start_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
+        forget_expert_kernels(self.model)
         initialize_layerwise_reload(self.model)
 
     def stage(self, update_info: GlooUpdateInfo) -> None:
@@ -158,6 +159,20 @@ def repack_tied_lm_head(model: torch.nn.Module) -> None:
     method = getattr(lm_head, "quant_method", None)
     if getattr(getattr(model, "config", None), "tie_word_embeddings", False) and method is not None:
         method.process_weights_after_loading(lm_head)
+
+
+def forget_expert_kernels(model: torch.nn.Module) -> None:
+    """Makes a reload pack the experts' weights again.
+
+    vLLM 0.32 on CPU multiplies by experts that are padded and prepacked when their kernel is made; with a kernel from before, a reload
+    leaves them as the checkpoint has them. Can go when vLLM packs what it reloads.
+    """
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if isinstance(method, UnquantizedFusedMoEMethod):
+            method.moe_kernel = None
 
 
 class GlooWorkerExtension:

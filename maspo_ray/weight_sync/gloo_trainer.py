@@ -4,6 +4,7 @@ Promise: large weights are sent from where they lie, small ones packed into buck
 fail, the error is that of the side that can say which actor is at fault.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
@@ -32,6 +33,8 @@ from maspo_ray.weight_sync.gloo_engine import (
 )
 
 T = TypeVar("T")
+_UNDER_WAY_BYTES = 2**28
+"""Of weights that are being sent at once, besides the last: far more than keeps the connection busy."""
 _GRACE_S = 5.0
 """Between the deadlines of the two sides of a transfer, which are of the same length."""
 
@@ -65,7 +68,8 @@ class StagingClient(VLLMWeightSyncClient, Protocol):
 class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
     """Trainer side: rank 0 sends; the other ranks only take part in gathering what the source materialises.
 
-    What the source yields must keep its values until `send_weights` returns: large weights are sent from where they lie.
+    What the source yields must keep its values until `send_weights` returns: large weights are sent from where they lie. Those that the
+    source computed, or gathered, are held only while they are under way.
     """
 
     init_info_cls = GlooTrainerInitInfo
@@ -136,17 +140,24 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
         weights = iter(self.source)
         buckets = cut_buckets(((m.name, m.dtype, m.shape) for m in meta), self._bucket_bytes)
         buffers = iter(self._buffers.of([bucket for bucket in buckets if len(bucket.entries) > 1]))
-        sending = []
+        sending: deque[tuple[int, Any]] = deque()
+        under_way_bytes = 0
         for bucket in buckets:
             if len(bucket.entries) > 1:
                 buffer = next(buffers)
                 fill_bucket(bucket, buffer, weights)
             else:
                 buffer = bytes_of(bucket, weights)
-            sending.append(start_broadcast(self._group, buffer))
+            sending.append((len(buffer), start_broadcast(self._group, buffer)))
+            under_way_bytes += len(buffer)
+            # A transfer that is under way holds its bytes, which are a copy where the source computes them, from experts for example.
+            while under_way_bytes > _UNDER_WAY_BYTES and len(sending) > 1:
+                num_bytes, work = sending.popleft()
+                work.wait()
+                under_way_bytes -= num_bytes
         # A source that gathers is a collective: run it to its end, as the other ranks do.
         assert next(weights, None) is None, "the source yields more than its metadata declares"
-        for work in sending:
+        for _, work in sending:
             work.wait()
 
     def shutdown(self) -> None:

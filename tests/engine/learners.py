@@ -67,13 +67,14 @@ def start_learners(
     max_tokens: int,
     old_policy: Any = "behaviour",
     dtype: Any = "float32",
+    trust_remote_code: bool = False,
     **settings: Any,
 ) -> list[Any]:
     actors = [
         ray.remote(DeepSpeedLearner)
         .options(num_cpus=0.5)
         .remote(
-            model=ModelConfig(path=model_path, dtype=dtype),
+            model=ModelConfig(path=model_path, dtype=dtype, trust_remote_code=trust_remote_code),
             learner=LearnerConfig(
                 lr=LR,
                 eps=EPS,
