@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from actors.completion_text import CompletionText
 from actors.vllm_keys import check_engine_keys
 from maspo_ray.config import ModelConfig, RolloutConfig
 from maspo_ray.experience import Completion, Sampling, VersionSpan
@@ -61,7 +62,7 @@ def cpu_environment(threads: int) -> dict[str, str]:
     }
 
 
-def completion_of(output: Any) -> Completion:
+def completion_of(output: Any, reader: CompletionText) -> Completion:
     """Returns vLLM's `CompletionOutput` as a completion."""
     # Missing would otherwise read as log-prob 0, which is probability 1.
     assert output.logprobs is not None and len(output.logprobs) == len(output.token_ids), "a token has no log-prob"
@@ -72,7 +73,7 @@ def completion_of(output: Any) -> Completion:
         logprobs=np.asarray(logprobs, dtype=np.float32),
         spans=tuple(VersionSpan(int(stamp.version), stamp.start, stamp.end) for stamp in output.weight_versions),
         finish_reason=str(output.finish_reason),
-        text=output.text,
+        text=reader.of(output.token_ids, output.text, output.finish_reason == "stop"),
     )
 
 
@@ -108,6 +109,7 @@ class VLLMRollout:
         arguments = engine_arguments(self._model, self._rollout, self._max_model_tokens, self._seed)
         transfer = WeightTransferConfig(**arguments.pop("weight_transfer_config"))
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments, weight_transfer_config=transfer))
+        self._reader = CompletionText(self._engine.get_tokenizer(), self._engine.model_config.get_vocab_size())
         await self._engine.update_weight_version("0")
         if rescored:
             await self._engine.collective_rpc("score_at_temperature", args=(self._rollout.temperature,))
@@ -125,7 +127,7 @@ class VLLMRollout:
         # Cancelled, the request is aborted in the engine.
         outputs = [output async for output in self._engine.generate(inputs, parameters, str(self._num_requests))]
         assert outputs and outputs[-1].finished, "the engine ended a request without its last output"
-        return completion_of(outputs[-1].outputs[0])
+        return completion_of(outputs[-1].outputs[0], self._reader)
 
     def _parameters(self, sampling: Sampling, seed: int | None) -> Any:
         """Returns vLLM's sampling parameters of one completion."""

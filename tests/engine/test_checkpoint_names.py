@@ -32,7 +32,8 @@ from maspo_ray.config import LoraConfig
 pytestmark = pytest.mark.engine
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 64,
+    # More than the tokenizer's 64.
+    "vocab_size": 96,
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 3,
@@ -140,6 +141,7 @@ def engine(experts: tuple[str, PreTrainedModel], own_ray: None) -> Iterator[Any]
 
 @pytest.mark.ray
 def test_engine_samples_from_experts_that_were_published(engine: Any, experts: tuple[str, PreTrainedModel]) -> None:
+    from actors.completion_text import REPLACEMENT
     from actors.weight_source import EngineWeightSource
     from maspo_ray.weight_sync.publisher import WeightPublisher
 
@@ -151,6 +153,7 @@ def test_engine_samples_from_experts_that_were_published(engine: Any, experts: t
     source = EngineWeightSource(EngineWeights(of_one_rank))
     publisher = WeightPublisher(source, "gloo", 0, ray.util.get_node_ip_address(), 30.0)
     publisher.connect((0,), [engine], 1)
+    num_nameless = 0
     for version in (1, 2):
         with torch.no_grad():
             for parameter in model.parameters():
@@ -163,4 +166,8 @@ def test_engine_samples_from_experts_that_were_published(engine: Any, experts: t
                 logprobs = model(ids[None]).logits[0, :-1].log_softmax(-1)
             expected = logprobs.gather(1, ids[1:, None])[len(prompt.token_ids) - 1 :, 0]
             assert np.abs(completion.logprobs - expected.numpy()).max() <= 1e-4
+            nameless = int((completion.token_ids >= 64).sum())
+            assert completion.text.count(REPLACEMENT) == nameless
+            num_nameless += nameless
+    assert num_nameless > 0
     publisher.shutdown()

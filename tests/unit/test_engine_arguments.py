@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from actors.completion_text import CompletionText
 from actors.vllm_rollout import completion_of, cpu_environment, engine_arguments
 from maspo_ray.config import LearnerConfig, ModelConfig, RolloutConfig
 from maspo_ray.experience import VersionSpan
@@ -202,6 +203,11 @@ def test_learning_rate_rises_in_the_warm_up_and_is_never_zero(
     assert seen == pytest.approx(expected)
 
 
+READER = CompletionText(
+    SimpleNamespace(get_vocab=lambda: {str(i): i for i in range(10)}, added_tokens_decoder={}, all_special_ids=[]), 10
+)
+
+
 def _output(**changed: Any) -> Any:
     """Returns what vLLM's `CompletionOutput` has of two tokens, whose log-probs are -0.5 and -2."""
     stamps = [SimpleNamespace(version="3", start=0, end=1), SimpleNamespace(version="4", start=1, end=2)]
@@ -220,7 +226,7 @@ def _output(**changed: Any) -> Any:
 
 
 def test_completion_has_the_sampled_tokens_own_logprobs_and_the_engines_stamps() -> None:
-    completion = completion_of(_output())
+    completion = completion_of(_output(), READER)
     assert (completion.token_ids.tolist(), completion.token_ids.dtype) == ([7, 9], np.int32)
     assert (completion.logprobs.tolist(), completion.logprobs.dtype) == ([-0.5, -2.0], np.float32)
     assert completion.spans == (VersionSpan(3, 0, 1), VersionSpan(4, 1, 2))
@@ -237,4 +243,4 @@ def test_completion_has_the_sampled_tokens_own_logprobs_and_the_engines_stamps()
 )
 def test_completion_without_logprobs_or_stamps_is_refused(changed: dict[str, Any], match: str) -> None:
     with pytest.raises(AssertionError, match=match):
-        completion_of(_output(**changed))
+        completion_of(_output(**changed), READER)

@@ -1,0 +1,44 @@
+"""The text of a completion, in which everything that was sampled shows.
+
+Promise: a completion with an id that its engine's text leaves out does not read like the one without. Such ids are those that the tokenizer
+has no token for (a model's vocabulary is often larger) and special tokens, such as padding, before the end.
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+REPLACEMENT = "\ufffd"
+"""Stands for an id without a token."""
+
+
+class CompletionText:
+    """Reads completions of one model.
+
+    Args:
+        tokenizer: transformers', or what has its methods.
+        num_ids: the size of the model's vocabulary.
+    """
+
+    def __init__(self, tokenizer: Any, num_ids: int) -> None:
+        self._tokenizer = tokenizer
+        self._nameless = frozenset(range(num_ids)).difference(tokenizer.get_vocab().values())
+        added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
+        special = {token_id for token_id, token in added.items() if token.special}
+        self._unread = self._nameless | special | set(tokenizer.all_special_ids)
+
+    def of(self, token_ids: Sequence[int], text: str, stopped: bool) -> str:
+        """Returns the text of a completion.
+
+        Args:
+            text: the engine's, which leaves some ids out.
+            stopped: the last id may be the one that ended the completion, which is no part of its text if it is a special one.
+        """
+        read = token_ids[:-1] if stopped and token_ids and token_ids[-1] in self._unread else token_ids
+        if self._unread.isdisjoint(read):
+            return text
+        parts = []
+        for nameless, run in groupby(read, self._nameless.__contains__):
+            ids = list(run)
+            parts.append(REPLACEMENT * len(ids) if nameless else self._tokenizer.decode(ids))
+        return "".join(parts)
