@@ -15,7 +15,8 @@ from maspo_ray.config.without_effect import warn_of_keys_without_effect
 from maspo_ray.data.prompts import RunPrompts, load_run_prompts
 from maspo_ray.data.run_rows import RunRows
 from maspo_ray.data.stream import train_stream
-from maspo_ray.data.tokenizers import load_tokenizer
+from maspo_ray.data.tokenizers import load_model_config, load_tokenizer
+from maspo_ray.data.vocabulary import check_vocabulary
 from maspo_ray.dtype_speed import warn_of_slow_bfloat16
 from maspo_ray.evaluation.evaluator import Evaluator
 from maspo_ray.fleet.fleet import Fleet
@@ -66,6 +67,9 @@ def _load_prompts(config: RunConfig, rows: RunRows, plugins: Plugins) -> RunProm
     tokenizer = load_tokenizer(config.model)
     prompts = load_run_prompts(rows, config.data, tokenizer)
     rows.warn()
+    by_field = {f"data.train.sources.{name}" if name else "data.train": own for name, own in prompts.train.items()}
+    num_ids = load_model_config(config.model).get_text_config().vocab_size
+    check_vocabulary(config.model.path, tokenizer, num_ids, {**by_field, "data.eval": prompts.held_out})
     return prompts
 
 

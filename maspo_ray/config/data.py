@@ -148,6 +148,8 @@ class DataConfig(Section):
     counted and listed in RUN_DIR/left_out.jsonl."""
     chat_template: bool = True
     """Wrap a string prompt as a user's message by the tokenizer's chat template."""
+    template_name: str | None = None
+    """Which of a tokenizer's chat templates, where it has several; by default the one called `default`."""
     system_prompt: str | None = None
     max_prompt_tokens: int = Field(1024, ge=1)
     """Longer prompts are left out, counted and listed in RUN_DIR/left_out.jsonl."""
@@ -160,5 +162,9 @@ class DataConfig(Section):
         if self.system_prompt is not None and not self.chat_template:
             raise ValueError(
                 "system_prompt is set; it needs data.chat_template. Set data.chat_template to true or remove the prompt."
+            )
+        if self.template_name is not None and not self.chat_template:
+            raise ValueError(
+                f"template_name is {self.template_name}; it needs data.chat_template. Set data.chat_template to true or remove the name."
             )
         return self

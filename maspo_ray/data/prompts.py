@@ -2,13 +2,15 @@
 
 Promise: a prompt is tokenised once, here, and nowhere later; a row that becomes none is named by its place.
 
-How a prompt becomes token ids. With `data.chat_template`: by the tokenizer's chat template, up to where the assistant's turn begins.
+How a prompt becomes token ids. With `data.chat_template`: by the tokenizer's chat template, up to where the assistant's turn begins;
+messages that end with an assistant's turn up to the end of that text, which the completion goes on with.
 Without: the text as the tokenizer encodes it by default, so with a BOS where the model was trained with one, but without an EOS at the end,
 since a model has nothing to say after it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TokenIds = list[int]
+
+_CAUSE_LENGTH = 300
+"""Characters shown of an exception's text: transformers adds the whole conversation to some."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,22 +112,53 @@ def _plain_ids(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase") -> dic
 def _chat_ids(
     rows: Sequence[Row], data: DataConfig, tokenizer: "PreTrainedTokenizerBase"
 ) -> dict[str, TokenIds | Fault]:
-    if tokenizer.chat_template is None:
-        raise ConfigError(
-            "data.chat_template is True; the model's tokenizer has no chat template. Set it to false, or take a model that has."
-        )
+    template = _template(data.template_name, tokenizer)
 
     def encode(rows: Sequence[Row]) -> list[TokenIds]:
         conversations = [_messages(row.prompt, data.system_prompt) for row in rows]
-        # return_dict: since transformers 5 the default is a dictionary with the attention mask.
-        encoded = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=False)
-        return cast(list[TokenIds], encoded)
+        # An assistant's turn at the end has begun: it is left open.
+        begun = [messages[-1]["role"] == "assistant" for messages in conversations]
+        encoded: dict[bool, Iterator[TokenIds]] = {}
+        for prefilled in set(begun):
+            chosen = [messages for messages, own in zip(conversations, begun, strict=True) if own == prefilled]
+            # return_dict: since transformers 5 the default is a dictionary with the attention mask.
+            ids = tokenizer.apply_chat_template(
+                chosen,
+                chat_template=template,
+                add_generation_prompt=not prefilled,
+                continue_final_message=prefilled,
+                return_dict=False,
+            )
+            encoded[prefilled] = iter(cast(list[TokenIds], ids))
+        return [next(encoded[prefilled]) for prefilled in begun]
 
     def refused(cause: str) -> Fault:
         rule = f"has messages that the tokenizer's chat template refuses ({cause})"
         return Fault(rule, ("Change the messages", "change data.system_prompt"))
 
     return _encoded(rows, encode, refused)
+
+
+def _template(name: str | None, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Returns the tokenizer's chat template, of several the one that is asked for."""
+    templates: str | dict[str, str] | None = tokenizer.chat_template
+    if not templates:
+        raise ConfigError(
+            "data.chat_template is True; the model's tokenizer has no chat template. Set it to false, or take a model that has."
+        )
+    if isinstance(templates, str):
+        if name is not None:
+            raise ConfigError(
+                f"data.template_name is {name}; the model's tokenizer has one chat template, without a name. Remove it."
+            )
+        return templates
+    if (chosen := name or "default") not in templates:
+        where = f"data.template_name is {name or 'not set'}"
+        raise ConfigError(
+            f"{where}; the model's tokenizer has several chat templates, none of which is called {chosen}. Set it to one of "
+            f"{', '.join(sorted(templates))}."
+        )
+    return templates[chosen]
 
 
 def _encoded(
@@ -136,7 +172,7 @@ def _encoded(
     except Exception as error:
         # A tokenizer's or a template's own code, which may raise anything.
         if len(rows) == 1:
-            return {rows[0].row_id: refused(" ".join(f"{type(error).__name__}: {error}".split()))}
+            return {rows[0].row_id: refused(shorten(f"{type(error).__name__}: {error}", _CAUSE_LENGTH))}
     found: dict[str, TokenIds | Fault] = {}
     for row in rows:
         found |= _encoded([row], encode, refused)

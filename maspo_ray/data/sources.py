@@ -41,8 +41,11 @@ class Row:
 
     @property
     def text(self) -> str:
-        """The prompt as a string; of messages the last one's content."""
-        return self.prompt if isinstance(self.prompt, str) else self.prompt[-1]["content"]
+        """The prompt as a string; of messages the content of the last that is not the assistant's, whose turn a completion goes on with."""
+        if isinstance(self.prompt, str):
+            return self.prompt
+        asked = (message for message in reversed(self.prompt) if message["role"] != "assistant")
+        return next(asked, self.prompt[-1])["content"]
 
 
 class SourceRows:

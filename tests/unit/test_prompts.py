@@ -85,6 +85,8 @@ def test_load_prompts_plain_text_of_a_tokenizer_without_specials_is_whole(tmp_pa
         ([{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}, {"role": "user", "content": "d"}], None,
          "u:ab|a:c|u:d|a:"),
         ([{"role": "user", "content": "ab"}], "de", "s:de|u:ab|a:"),
+        # A turn that has begun is left open.
+        ([{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}], "de", "s:de|u:ab|a:cd"),
         ([{"role": "system", "content": "h"}, {"role": "user", "content": "ab"}], "de", "s:h|u:ab|a:"),
     ],
 )  # fmt: skip
@@ -95,7 +97,8 @@ def test_load_prompts_chat_template_renders_up_to_the_assistants_turn(
     source = _jsonl(tmp_path, {"prompt": prompt, "answer": "x"}, {"prompt": "hh", "answer": "x"})
     loaded, _ = _load(source, _tokenizer("<bos> $A <eos>"), system_prompt=system)
     assert loaded[0].token_ids.tolist() == _ids(rendered)
-    assert loaded[0].text == (prompt if isinstance(prompt, str) else prompt[-1]["content"])
+    asked = [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt if m["role"] == "user"]
+    assert loaded[0].text == asked[-1]
     assert loaded[1].text == "hh"
 
 
@@ -129,6 +132,65 @@ def test_load_prompts_template_that_refuses_a_rows_messages_names_the_row(tmp_pa
     )
     prompts, rows = _load(source, _tokenizer(template=template), on_bad_row="skip")
     assert [prompt.prompt_id for prompt in prompts] == ["train/0"] and [row.place for row in rows.bad] == ["line 2"]
+
+
+def test_load_prompts_template_that_raises_anything_is_one_line(tmp_path: Path) -> None:
+    source = _jsonl(tmp_path, {"prompt": "abc", "answer": "d"})
+    for expression, error in (
+        ("1 / 0", "ZeroDivisionError"),
+        ("messages[7]['x'].y", "UndefinedError"),
+        ("1 + 'a'", "TypeE"),
+    ):
+        with pytest.raises(ConfigError, match=rf"chat template refuses \({error}[^\n]+\)\. Change the messages[^\n]+$"):
+            _load(source, _tokenizer(template=f"{{{{ {expression} }}}}"))
+
+
+def test_load_prompts_turn_that_the_template_drops_is_one_line(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c" * 999}]
+    template = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}|{% endfor %}"
+    with pytest.raises(ConfigError, match=r"refuses \(ValueError: continue_final_message [^\n]+\)\. Change") as caught:
+        _load(_jsonl(tmp_path, {"prompt": messages, "answer": "d"}), _tokenizer(template=template))
+    assert len(str(caught.value)) < 700
+
+
+SEVERAL: Any = {"default": TEMPLATE, "short": "{{ messages[0]['content'] }}:"}
+
+
+@pytest.mark.parametrize(("name", "rendered"), [(None, "u:ab|a:"), ("default", "u:ab|a:"), ("short", "ab:")])
+def test_load_prompts_takes_the_template_that_is_named(tmp_path: Path, name: str | None, rendered: str) -> None:
+    source = _jsonl(tmp_path, {"prompt": "ab", "answer": "d"})
+    [prompt], _ = _load(source, _tokenizer(template=SEVERAL), template_name=name)
+    assert prompt.token_ids.tolist() == _ids(rendered)
+
+
+@pytest.mark.parametrize(
+    ("template", "name", "line"),
+    [
+        (
+            {"short": "a", "long": "b"},
+            None,
+            "data.template_name is not set; the model's tokenizer has several chat templates, none of which is called default. Set it "
+            "to one of long, short.",
+        ),
+        (
+            SEVERAL,
+            "shrt",
+            "data.template_name is shrt; the model's tokenizer has several chat templates, none of which is called shrt. Set it to one "
+            "of default, short.",
+        ),
+        (
+            TEMPLATE,
+            "short",
+            "data.template_name is short; the model's tokenizer has one chat template, without a name. Remove it.",
+        ),
+    ],
+)
+def test_load_prompts_template_that_is_not_there_is_one_line(
+    tmp_path: Path, template: Any, name: str | None, line: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        _load(_jsonl(tmp_path, {"prompt": "ab", "answer": "d"}), _tokenizer(template=template), template_name=name)
+    assert str(caught.value) == line
 
 
 def test_load_prompts_text_that_the_tokenizer_refuses_is_named(tmp_path: Path) -> None:
