@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
@@ -22,6 +23,10 @@ _ARGUMENTS = ["gate_logits", "num_experts", "top_k", "attention_mask"]
 
 def routers_of(model: PreTrainedModel) -> dict[str, tuple[torch.nn.Module, int]]:
     """Returns the modules that choose experts, by name, and where in their output the logits of the choice are; none of a dense model."""
+    # An adapted module speaks for those inside it.
+    inside = {part for layer in model.modules() if isinstance(layer, LoraLayer) for part in layer.modules()} - {
+        layer for layer in model.modules() if isinstance(layer, LoraLayer)
+    }
     found = {}
     for prefix, part in model.named_modules():
         declared = part._can_record_outputs if isinstance(part, PreTrainedModel) else None
@@ -30,7 +35,9 @@ def routers_of(model: PreTrainedModel) -> dict[str, tuple[torch.nn.Module, int]]
             if not isinstance(recorder, OutputRecorder):
                 recorder = OutputRecorder(recorder, index=1)
             for name, module in part.named_modules(prefix=prefix):
-                if isinstance(module, recorder.target_class) and f".{recorder.layer_name or ''}" in f".{name}":
+                plain = module.get_base_layer() if isinstance(module, LoraLayer) else module
+                placed = recorder.layer_name is None or f".{recorder.layer_name}." in f".{name}."
+                if placed and isinstance(plain, recorder.target_class) and module not in inside:
                     found[name] = (module, recorder.index)
     return found
 

@@ -20,9 +20,10 @@ from transformers import (
 )
 
 from actors.experts import LoadBalance, balance_coefficient, freeze_routers, routers_of
+from actors.lora import add_adapters
 from actors.token_batch import lay_out
 from actors.token_model import load_token_model
-from maspo_ray.config import ModelConfig
+from maspo_ray.config import LoraConfig, ModelConfig
 from maspo_ray.errors import ConfigError
 from maspo_ray.packing import pack
 
@@ -80,6 +81,15 @@ def test_routers_are_those_that_the_model_declares(config: PreTrainedConfig, nam
         freeze_routers(model)
         frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
         assert frozen == [f"{name}.weight" for name in names]
+
+
+def test_router_with_an_adapter_is_one_router() -> None:
+    model = _random(JambaConfig(**JAMBA))
+    add_adapters(model, LoraConfig(rank=2, alpha=4, targets=("router", "q_proj")))
+    assert list(routers_of(model)) == ["model.layers.1.feed_forward.router"]
+    freeze_routers(model)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name.rpartition("_proj.")[0] for name in trained} == {"model.layers.1.self_attn.q"}
 
 
 def test_frozen_router_of_a_model_without_one_is_one_line() -> None:
