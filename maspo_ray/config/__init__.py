@@ -16,15 +16,14 @@ from maspo_ray.config.data import (
     TableSource,
 )
 from maspo_ray.config.objective import AdvantageConfig, GrpoConfig, KLConfig, MaspoConfig, ObjectiveConfig
+from maspo_ray.config.output import CheckpointConfig, LoggingConfig
 from maspo_ray.config.placement import PlacementConfig
 from maspo_ray.config.run import RunConfig, load_config
 from maspo_ray.config.sections import (
-    CheckpointConfig,
     Dtype,
     EvalConfig,
     LatePolicyConfig,
     LearnerConfig,
-    LoggingConfig,
     LoraConfig,
     ModelConfig,
     OverlongConfig,

@@ -17,12 +17,11 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from maspo_ray.config.data import DataConfig
 from maspo_ray.config.faults import describe_flag_error, describe_repeated_flags, describe_validation_errors
 from maspo_ray.config.objective import AdvantageConfig, KLConfig, MaspoConfig, ObjectiveConfig
+from maspo_ray.config.output import CheckpointConfig, LoggingConfig
 from maspo_ray.config.placement import PlacementConfig
 from maspo_ray.config.sections import (
-    CheckpointConfig,
     EvalConfig,
     LearnerConfig,
-    LoggingConfig,
     ModelConfig,
     PipelineConfig,
     ReferenceConfig,

@@ -333,23 +333,3 @@ class EvalConfig(TruncationConfig):
             key = "temperature is 0" if self.temperature == 0 else "top_k is 1"
             raise ValueError(f"samples is {self.samples}; where {key} they are all the same. Set it to 1.")
         return self
-
-
-class CheckpointConfig(Section):
-    every: int = Field(0, ge=0)
-    """Steps between Hugging Face models saved under RUN_DIR/checkpoints, each with the learner's state, from which `maspo replay` goes
-    on: weights and two moments of each in float32, three to four times a float32 model beside the model. 0 saves the final model only."""
-    save_final: bool = True
-    timeout_s: float = Field(3600.0, gt=0)
-    """Deadline of saving a model, and of saving or loading the learner's state; each by itself."""
-
-
-class LoggingConfig(Section):
-    tensorboard: bool = True
-    progress: Literal["auto", "plain", "off"] = "auto"
-    """`auto` is a live display on a terminal and plain lines elsewhere."""
-    curves: bool = True
-    timeline: bool = True
-    """Write RUN_DIR/timeline.json, which chrome://tracing and ui.perfetto.dev show."""
-    steps: bool = True
-    """Write RUN_DIR/steps, what each step consumed, for `maspo replay`; 5 to 9 bytes a trained token."""

@@ -23,6 +23,7 @@ FLOORS: dict[str, list[str]] = {
         "sampling",
         "sections",
         "placement",
+        "output",
         "data",
         "objective",
         "faults",
