@@ -6,28 +6,25 @@
 
 Of each family, in float32: log-probs and gradient of a row of sequences by the learner's own model against transformers' plain forward
 pass of each sequence by itself, with eager attention; log-probs with LoRA adapters against those of the saved, merged model; and, of the
-families of ENGINE, parity of a short run of `maspo train` with its engine, at version 0 and after each update. A family whose
-`model.attn_implementation` must not be sdpa is tried with eager, as its refusal says.
+families of ENGINE, parity with a vLLM engine: at the weights that both load, after a step of all weights and after one of adapters, both
+published as in a run. A family whose `model.attn_implementation` must not be sdpa is tried with eager, as its refusal says.
 
 models_tried     families
 models_exact     log-probs within 2e-5 and each parameter's gradient within 1e-4 of its norm, with adapters too
 models_refused   by one line at set-up; the table has it
 models_wrong     neither
-models_served    runs whose parity was at most 1e-3 after each update
+models_served    engines at most 1e-3 from the learner at each of the three
 """
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
-
-import yaml
 
 from bench.tiny_models import FAMILIES, KINDS, build, sequences
 
@@ -64,7 +61,8 @@ class Row:
         adapters: the larger of the two with LoRA.
         check_s: of the set-up's check.
         parity: the largest |Δ log-prob| to the engine, over the versions of the run; None where there was none.
-        refused: the line that ended the set-up, or the run.
+        engine_fault: what an engine that failed said last.
+        refused: the line that ended the set-up.
     """
 
     family: str
@@ -77,6 +75,7 @@ class Row:
     adapters: float | None = None
     check_s: float | None = None
     parity: float | None = None
+    engine_fault: str = ""
     refused: str = ""
 
     @property
@@ -163,60 +162,27 @@ def save_merged(model: Any, folder: str) -> None:
     model.save_pretrained(folder, state_dict={name: weight.value() for name, weight in weights_of(model).items()})
 
 
-def run_config(row: Row, path: str, prompts: Path) -> dict[str, Any]:
-    """Returns the config of three steps, the first of which meets the weights of version 0."""
-    return {
-        "model": {"path": path, "dtype": "float32", "attn_implementation": row.implementation},
-        "data": {
-            "train": {"kind": "jsonl", "path": str(prompts)},
-            "chat_template": False,
-            "max_prompt_tokens": 8,
-        },
-        "rollout": {
-            "group_size": 4,
-            "max_new_tokens": 16,
-            "max_concurrent_requests": 16,
-            "cpus": 0.9,
-            "threads": 1,
-            "kv_cache_gib": 0.06,
-        },
-        "reward": {"actor": "bench.end_to_end:TextParityReward", "cpus": 0.1},
-        "reference": {"cpus": 0.1},
-        "learner": {"cpus": 0.8, "threads": 1, "lr": 1e-3},
-        "kl": {"coef": 0.001},
-        "objective": {"kind": "grpo"},
-        "pipeline": {
-            "steps": 3,
-            "groups_per_step": 4,
-            "max_staleness": 0,
-            "filter_zero_variance": False,
-            "parity_bound": _PARITY,
-        },
-        "checkpoint": {"save_final": False},
-        "logging": {"progress": "off", "curves": False, "tensorboard": False},
-    }
+def engine_side(row: Row, path: str, handle: Any) -> None:
+    """Fills in the parity with an engine; an engine that fails is told of in the row, and not to be asked again."""
+    from ray.exceptions import RayError
+
+    from bench.served_models import parity
+    from maspo_ray.config import ModelConfig
+    from maspo_ray.errors import ActorError
+
+    config = ModelConfig.model_validate({"path": path, "dtype": "float32", "attn_implementation": row.implementation})
+    try:
+        row.parity = parity(handle, config)
+    except (RayError, ActorError) as error:
+        row.engine_fault = (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
-def engine_side(row: Row, path: str, scratch: Path) -> None:
-    """Fills in the parity of a short run."""
-    sys.path.insert(0, "examples/quickstart")
-    from prepare import build_tokenizer
+def try_family(family: str, kind: str, path: str | None, handle: Any) -> Row:
+    """Returns what was found of a family, or of the model in a folder.
 
-    build_tokenizer().save_pretrained(path)
-    prompts, config, folder = scratch / "prompts.jsonl", scratch / "run.yaml", scratch / "run"
-    prompts.write_text("".join(json.dumps({"prompt": f"{a}+{a + 3}=", "answer": ""}) + "\n" for a in range(10, 60)))
-    config.write_text(yaml.safe_dump(run_config(row, path, prompts)))
-    command = [sys.executable, "-m", "maspo_ray", "train", str(config), "--run_dir", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=170)
-    if done.returncode:
-        row.refused = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return
-    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    row.parity = max(step["parity/max"] for step in steps)
-
-
-def try_family(family: str, kind: str, path: str | None, with_engine: bool) -> Row:
-    """Returns what was found of a family, or of the model in a folder."""
+    Args:
+        handle: of the actor that holds the engines; None to leave them out.
+    """
     from maspo_ray.errors import ConfigError
 
     row = Row(family, kind)
@@ -227,9 +193,38 @@ def try_family(family: str, kind: str, path: str | None, with_engine: bool) -> R
         except ConfigError as error:
             row.refused = str(error).replace(f"model.path is {model}; ", "")
             return row
-        if with_engine:
-            engine_side(row, model, Path(scratch))
+        if handle is not None:
+            if path is None:
+                sys.path.insert(0, "examples/quickstart")
+                from prepare import build_tokenizer
+
+                build_tokenizer().save_pretrained(model)
+            engine_side(row, model, handle)
     return row
+
+
+def try_all(families: Sequence[str], path: str | None, served: Sequence[str]) -> Iterator[Row]:
+    """Yields what was found of each family, those with an engine last."""
+    kinds = {family: kind for kind, known in KINDS.items() for family in known}
+
+    def tried(family: str, handle: Any) -> Row:
+        started = perf_counter()
+        row = try_family(family, kinds.get(family, ""), path, handle)
+        print(f"{table([row]).splitlines()[-1]} {perf_counter() - started:.1f} s", flush=True)
+        return row
+
+    yield from (tried(family, None) for family in families if family not in served)
+    if not served:
+        return
+    from bench.served_models import engines
+
+    with engines() as start:
+        handle = start()
+        for family in served:
+            row = tried(family, handle)
+            yield row
+            if row.engine_fault:
+                handle = start()
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -241,8 +236,7 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         numbers = ["" if x is None else f"{x:.0e}" for x in (row.logprob, row.gradient, row.adapters, row.parity)]
         cells = [row.family, row.kind, row.implementation, row.way, row.output, *numbers]
-        if row.refused:
-            cells[-1] = row.refused
+        cells[-1] = row.refused or row.engine_fault or cells[-1]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -277,13 +271,10 @@ def main() -> None:
     found: dict[str, Row] = {}
     if options.record is not None and options.record.is_file():
         found = {row["family"]: Row(**row) for row in map(json.loads, options.record.read_text().splitlines())}
-    kinds = {family: kind for kind, families in KINDS.items() for family in families}
-    for family in [Path(options.model).name] if options.model else options.families or FAMILIES:
-        with_engine = not options.without_engine and (family in ENGINE or bool(options.model))
-        started = perf_counter()
-        row = try_family(family, kinds.get(family, ""), options.model, with_engine)
-        found[family] = row
-        print(f"{table([row]).splitlines()[-1]} {perf_counter() - started:.1f} s", flush=True)
+    chosen = [Path(options.model).name] if options.model else list(options.families or FAMILIES)
+    served = [] if options.without_engine else chosen if options.model else [f for f in chosen if f in ENGINE]
+    for row in try_all(chosen, options.model, served):
+        found[row.family] = row
         if options.record is not None:
             with options.record.open("a") as record:
                 record.write(json.dumps(asdict(row)) + "\n")
