@@ -14,6 +14,7 @@ from actors import tree_attention
 from actors.model_slice import slice_of
 from actors.packed_model import Attention, TokenModel
 from actors.token_batch import Bundled, apart, lay_out
+from maspo_ray.errors import ConfigError
 
 _FLOAT32_DISTANCE, _HALF_DISTANCE = 1e-3, 5e-2
 """Of a token's hidden states in a row from those alone, relative to their length. What leaks from a neighbour moves them by more."""
@@ -37,11 +38,22 @@ def choose_attention(model: PreTrainedModel, implementation: str, device: torch.
     Args:
         implementation: `model.attn_implementation`.
         device: where to try.
+
+    Raises:
+        ConfigError: the model does not run.
     """
     tried = slice_of(model, try_dtype(implementation, model.dtype), device)
     bundles = probe_bundles(model)
     set_attention(tried, "alone", implementation)
-    alone = _states(tried, "alone", apart(bundles), device)
+    try:
+        alone = _states(tried, "alone", apart(bundles), device)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"model.path is {model.name_or_path}; {type(model).__name__} does not run on a few tokens ({error}). Take a model of another "
+            "architecture, or of another attention by model.attn_implementation."
+        ) from error
     limit = _FLOAT32_DISTANCE if alone.dtype == torch.float32 else _HALF_DISTANCE
     for way in _WAYS[implementation]:
         if way == "trees" and not model._supports_attention_backend:

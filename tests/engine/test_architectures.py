@@ -85,6 +85,13 @@ class _Scaled(LlamaForCausalLM):
         return output
 
 
+class _Masked(LlamaForCausalLM):
+    """Runs only with a mask."""
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **inputs: Any) -> Any:
+        return super().forward(input_ids, attention_mask, **inputs)
+
+
 class _Mixed(LlamaForCausalLM):
     """Has more than a linear layer there."""
 
@@ -108,6 +115,12 @@ def test_an_output_layer_that_is_not_linear_is_refused_by_name() -> None:
         ConfigError, match="_Mixed cannot be trained here: its output layer is Sequential, and not linear. Take"
     ):
         TokenModel(model, "alone")
+
+
+def test_a_model_that_does_not_run_on_token_ids_alone_is_refused_by_name() -> None:
+    model = _Masked(LlamaConfig(**SIZES, num_hidden_layers=1))
+    with pytest.raises(ConfigError, match="_Masked cannot be trained here: .* missing 1 required positional argument"):
+        choose_attention(model, "sdpa", CPU)
 
 
 def test_logits_made_without_the_output_layer_are_refused_by_name() -> None:

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.engine
 
 def test_figures_count_each_family_once() -> None:
     exact = Row("a", "dense", "sdpa", "trees", "", 1e-6, 1e-6, 1e-6, 0.1, 2e-4)
-    beyond = Row("b", "dense", "sdpa", "trees", "", 3e-5, 1e-6, 1e-6, 0.1, 2e-3)
+    beyond = Row("b", "dense", "sdpa", "trees", "", 2e-5, 1e-6, 1e-6, 0.1, 2e-3)
     without_adapters = Row("c", "dense", "sdpa", "trees", "", 1e-6, 1e-6, refused="learner.lora.targets is …")
     refused = Row("d", "dense", refused="its output layer is …")
     found = figures([exact, beyond, without_adapters, refused])
