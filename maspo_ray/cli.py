@@ -103,6 +103,7 @@ def _check(path: str, overrides: Sequence[str]) -> int:
     warn_of_keys_without_effect(config)
     rows = preflight(config, resume=False)
     rows.check_answers(load_plugins(config).check_answer, config.reward.actor)
+    rows.warn()
     warn_of_slow_bfloat16(config.model, config.learner)
     say_what_the_ratio_leaves_out(config.rollout)
     planned = plan(demands(config), config_nodes(config.placement))

@@ -116,7 +116,7 @@ def read_source(source: DataSource, field: str, name: str = "") -> SourceRows:
         _take(source, read_records(source, found.where), found)
     if not found.num_rows:
         raise ConfigError(f"{found.where}; it is empty. Give a source that has rows.")
-    found.sift(_prompt_fault)
+    found.sift(_text_fault)
     return found
 
 
@@ -200,15 +200,23 @@ def _is_message(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
 
 
-def _prompt_fault(row: Row) -> Fault | None:
-    """Returns why a prompt cannot be asked, whatever the tokenizer."""
+def _text_fault(row: Row) -> Fault | None:
+    """Returns why a prompt cannot be asked, or an answer cannot be given, whatever the tokenizer."""
     texts = [row.prompt] if isinstance(row.prompt, str) else [message["content"] for message in row.prompt]
     if not any(text.strip() for text in texts):
         return Fault("has a prompt without text")
     for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            half = f"\\u{ord(text[error.start]):04x}"
+        if half := _half_a_pair(text):
             return Fault(f"has a prompt that is no valid text ({half} is half a surrogate pair)")
+    if isinstance(row.answer, str) and (half := _half_a_pair(row.answer)):
+        return Fault(f"has an answer that is no valid text ({half} is half a surrogate pair)")
+    return None
+
+
+def _half_a_pair(text: str) -> str | None:
+    """Returns the first code unit that is no character, as JSON writes it; None where a text can be encoded."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"\\u{ord(text[error.start]):04x}"
     return None

@@ -24,7 +24,7 @@ def hub_records(source: HuggingFaceSource, where: str) -> Records:
     from datasets import load_dataset
 
     field = where.partition(".name")[0]
-    with _one_line(where, f"Check {field}.name, subset and split"):
+    with _one_line(where, f"Check {field}.name, subset and split, and whether the hub can be reached"):
         data = load_dataset(source.name, source.subset, split=source.split)
         if source.limit is not None:
             data = data.select(range(min(source.limit, len(data))))

@@ -203,6 +203,14 @@ def test_row_that_only_the_tokenizer_can_judge_is_named_before_anything_starts(
     assert _contents(folder) == before and not ray.is_initialized()
 
 
+def test_bad_rows_that_are_skipped_are_said_by_check(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _rows(GOOD_ROW, '{"prompt": "   ", "answer": "1"}', "{not json")(folder)
+    assert main(["check", "run.yaml", *BROKEN, "--data.on_bad_row", "skip", "--placement.cpus_per_node", "4"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("data.train.path is broken.jsonl; left out 2 of 3 rows: line 3 is not JSON (Expecting")
+    assert line.endswith("; line 2 has a prompt without text.")
+
+
 def test_several_faults_have_a_line_each(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--model.path", "nowhere", "--data.train.path", "no.jsonl"]
     assert main(["train", "run.yaml", *flags]) == 2

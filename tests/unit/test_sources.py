@@ -117,6 +117,7 @@ def test_jsonl_compressed_is_read_as_it_is(tmp_path: Path) -> None:
         ('{"prompt": "1\\ud83d+2=", "answer": 1}', "has a prompt that is no valid text (\\ud83d is half a surrogate pair)"),
         ('{"prompt": [{"role": "user", "content": "\\udc00"}], "answer": 1}',
          "has a prompt that is no valid text (\\udc00 is half a surrogate pair)"),
+        ('{"prompt": "a", "answer": "\\ud83d"}', "has an answer that is no valid text (\\ud83d is half a surrogate pair)"),
         *((f'{{"prompt": {prompt}, "answer": 1}}',
            "has in column prompt neither a text nor a list of messages with a role and a content each")
           for prompt in ("7", "null", "[]", '["a"]', '[{"role": "user"}]', '[{"role": "user", "content": null}]')),
@@ -307,7 +308,6 @@ def test_csv_value_longer_than_pythons_default_limit_is_read(tmp_path: Path) -> 
 
 
 def _parquet(path: Path, *records: Any) -> Path:
-    pytest.importorskip("datasets")
     from pyarrow import Table
     from pyarrow.parquet import write_table
 
@@ -318,7 +318,6 @@ def _parquet(path: Path, *records: Any) -> Path:
 
 def _saved(folder: Path, *records: Any) -> Any:
     """Returns a dataset of `datasets`, made of a file: one made in memory cannot be hashed by the library beside pyarrow 22 and later."""
-    pytest.importorskip("datasets")
     from datasets import load_dataset
 
     path = _jsonl(folder / "rows.jsonl", *records)
@@ -359,7 +358,6 @@ def test_parquet_leaves_no_copy_behind(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_parquet_that_is_none_is_one_line(tmp_path: Path) -> None:
-    _parquet(tmp_path / "b.parquet", VERL)
     (tmp_path / "a.parquet").write_text("no table")
     message = _refusal(kind="parquet", path=tmp_path / "a.parquet")
     assert message.startswith(f"data.train.path is {tmp_path / 'a.parquet'}; loading it fails: ArrowInvalid: ")
@@ -410,7 +408,7 @@ def test_huggingface_row_has_messages_and_the_dotted_answer(hub_folder: str) -> 
 def test_huggingface_fault_is_one_line(hub_folder: str) -> None:
     message = _refusal(kind="huggingface", name=hub_folder, split="nope")
     assert message.startswith(f"data.train.name is {hub_folder}; loading it fails: ")
-    assert message.endswith("Check data.train.name, subset and split.")
+    assert message.endswith("Check data.train.name, subset and split, and whether the hub can be reached.")
     assert "row 0 lacks the column answer (it has " in _refusal(kind="huggingface", name=hub_folder)
 
 
