@@ -2,23 +2,18 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# PyTorch's own index of CPU builds. Tried second: where pip already knows a CPU build, nothing else is asked.
+# PyTorch's own index of CPU builds, asked for torch alone, where pip does not know a CPU build by itself.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+# Installs all but torch where it is there; `make setup UV=` takes pip.
+UV ?= $(shell command -v uv)
 
 .PHONY: setup quickstart smollm2 test test-slow check format lock clean
 
 setup: $(VENV)/installed
 
 $(VENV)/installed: requirements/cpu.txt pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "maspo_ray needs Python 3.11 or newer; set PYTHON")'
-	$(PYTHON) -m venv $(VENV)
-	@echo "installing from requirements/cpu.txt (about 2 minutes)"
-	@$(PIP) --no-deps -r requirements/cpu.txt 2> $(VENV)/pip.log \
-	  || $(PIP) --no-deps -r requirements/cpu.txt --extra-index-url $(TORCH_CPU_INDEX) 2> $(VENV)/pip.log \
-	  || { cat $(VENV)/pip.log; exit 1; }
-	@$(PIP) --no-deps --no-build-isolation --editable . 2>> $(VENV)/pip.log || { cat $(VENV)/pip.log; exit 1; }
-	touch $@
+	@TORCH_CPU_INDEX=$(TORCH_CPU_INDEX) UV=$(UV) $(PYTHON) requirements/install.py $(VENV) requirements/cpu.txt .
+	@touch $@
 
 quickstart: setup
 	$(BIN)/python examples/quickstart/prepare.py
@@ -44,12 +39,21 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Needs uv. The CPU lock takes torch's CPU build; the GPU lock is resolved, not installed.
+# Needs uv. The CPU lock takes torch's CPU build; the GPU lock is resolved, not installed. Each is resolved for the newest Python first and
+# then for the older ones, which keep what they can, and holds for all of them, or the last lines fail.
+PYTHONS := 3.13 3.12 3.11
+COMPILE := uv pip compile pyproject.toml --python-platform x86_64-unknown-linux-gnu --quiet --no-emit-index-url --no-header --no-annotate
+# Of PyTorch's index, torch alone; `TORCH_BUILDS='--find-links DIR'` takes wheels of a folder.
+TORCH_BUILDS ?= --torch-backend cpu
+CPU_LOCK := $(COMPILE) --extra cpu --extra dev --override requirements/overrides.txt $(TORCH_BUILDS) $(UV_ARGS)
+GPU_LOCK := $(COMPILE) --extra gpu --extra dev
+
 lock:
-	uv pip compile pyproject.toml --extra cpu --extra dev --python-version 3.11 --override requirements/overrides.txt \
-	  --no-emit-index-url --no-header --no-annotate $(UV_ARGS) --output-file requirements/cpu.txt
-	uv pip compile pyproject.toml --extra gpu --extra dev --python-version 3.11 --python-platform x86_64-unknown-linux-gnu \
-	  --no-emit-index-url --no-header --no-annotate --output-file requirements/gpu.txt
+	for version in $(PYTHONS); do $(CPU_LOCK) --python-version $$version --output-file requirements/cpu.txt || exit 1; done
+	for version in $(PYTHONS); do $(GPU_LOCK) --python-version $$version --output-file requirements/gpu.txt || exit 1; done
+	for version in $(PYTHONS); do cp requirements/cpu.txt requirements/gpu.txt /tmp/; \
+	  $(CPU_LOCK) --python-version $$version --output-file /tmp/cpu.txt && cmp requirements/cpu.txt /tmp/cpu.txt || exit 1; \
+	  $(GPU_LOCK) --python-version $$version --output-file /tmp/gpu.txt && cmp requirements/gpu.txt /tmp/gpu.txt || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis examples/*/model examples/*/data
