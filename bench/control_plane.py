@@ -1,6 +1,6 @@
 """What the controller costs: the real pipeline before simulated actors, in virtual time, 16,384 groups of 8 samples in flight.
 
-    python -m bench.control_plane
+    python -m bench.control_plane        (about 8 minutes)
 
 controller_ms_per_group        CPU of the controller's process for a group, at 1,024 rollout and as many reward actors: from its prompt to
                                its line in the ledger, with the other actors' simulation taken off
@@ -50,9 +50,9 @@ from maspo_ray.pipeline.loop import Pipeline
 SIZES = (64, 1024)
 GROUPS_PER_STEP, MAX_STALENESS, SAMPLES, RANKS = 4096, 3, 8, 64
 IN_FLIGHT = GROUPS_PER_STEP * (MAX_STALENESS + 1)
-REPEATS, STEPS = 3, 5
+REPEATS, STEPS = 3, 4
 # A smaller step, of which there are more looks: what is in flight moves less from one to the next.
-MEMORY_GROUPS_PER_STEP, MEMORY_STEPS, MEMORY_FIRST_LOOK = 256, 160, 8
+MEMORY_GROUPS_PER_STEP, MEMORY_STEPS, MEMORY_FIRST_LOOK = 256, 64, 8
 
 
 @dataclass(frozen=True, slots=True)
