@@ -136,6 +136,10 @@ def _json_records(opened: TextIO, list_key: str | None, shown: str) -> Records:
                 f"{shown} holds more than one JSON document. Set kind to jsonl, if each line is one."
             ) from None
         raise ConfigError(f"{shown} is not JSON (line {error.lineno}: {error.msg}). Mend it.") from None
+    except UnicodeDecodeError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{shown} is not JSON ({error}). Mend it.") from None
     except RecursionError:
         raise ConfigError(f"{shown} is nested too deeply to be read. Flatten it.") from None
     if list_key is not None:

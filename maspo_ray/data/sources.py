@@ -5,7 +5,9 @@ place and cause. A source that cannot be read is a `ConfigError` that names the 
 the sources are imported only when a source of their kind is read.
 """
 
+import ast
 import difflib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -205,6 +207,8 @@ def _text_fault(row: Row) -> Fault | None:
     texts = [row.prompt] if isinstance(row.prompt, str) else [message["content"] for message in row.prompt]
     if not any(text.strip() for text in texts):
         return Fault("has a prompt without text")
+    if isinstance(row.prompt, str) and _spells_messages(row.prompt):
+        return Fault("has a prompt that spells chat messages as text", ("Store them as a list of objects",))
     for text in texts:
         if half := _half_a_pair(text):
             return Fault(f"has a prompt that is no valid text ({half} is half a surrogate pair)")
@@ -220,3 +224,15 @@ def _half_a_pair(text: str) -> str | None:
     except UnicodeEncodeError as error:
         return f"\\u{ord(text[error.start]):04x}"
     return None
+
+
+def _spells_messages(text: str) -> bool:
+    """Returns whether a text is a list of messages, written out as JSON or by Python, as a CSV file must have it."""
+    if not text.lstrip().startswith("[{") or "role" not in text:
+        return False
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return _is_prompt(read(text.strip()))
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return False

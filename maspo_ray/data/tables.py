@@ -40,11 +40,13 @@ def parquet_records(files: list[Path], where: str) -> Records:
     # In a cache of its own: the default one would keep a second copy of each file for good.
     with (
         tempfile.TemporaryDirectory(prefix="maspo-data-") as cache,
-        _no_progress_bars(),
+        _quiet(),
         _one_line(where, "Give Parquet files, of the same columns where there are several"),
     ):
         counts = [ParquetFile(path).metadata.num_rows for path in paths]
-        records = load_dataset("parquet", data_files=paths, split="train", cache_dir=cache).to_list()
+        # Of a file without rows datasets 5.2.0 says that its batch size must be greater than 0.
+        filled = [path for path, count in zip(paths, counts, strict=True) if count]
+        records = load_dataset("parquet", data_files=filled, split="train", cache_dir=cache).to_list() if filled else []
     places = ((file, index) for file, count in zip(files, counts, strict=True) for index in range(count))
     for (file, index), record in zip(places, records, strict=True):
         yield (f"{file}, row {index}" if len(files) > 1 else f"row {index}"), record
@@ -80,23 +82,30 @@ def _numbered(records: list[Record]) -> Records:
 @contextmanager
 def _one_line(where: str, remedy: str) -> Iterator[None]:
     """Within, whatever `datasets` raises is one line."""
+    from datasets.exceptions import DatasetGenerationError
+
     try:
         yield
     except Exception as error:
         # The library raises errors of its own, of Arrow, of the hub's client and of the operating system, which have no base class but this.
-        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        # That a file cannot be read it says without the cause, from which it raises.
+        root = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        cause = " ".join(f"{type(root).__name__}: {root}".split())
         raise ConfigError(f"{where}; loading it fails: {cause}. {remedy}.") from error
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Within, `datasets` shows no progress bars: there is nothing to download."""
+def _quiet() -> Iterator[None]:
+    """Within, `datasets` shows no progress bars, since there is nothing to download, and does not log what it raises."""
     from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from datasets.utils.logging import CRITICAL, get_verbosity, set_verbosity
 
-    shown = not are_progress_bars_disabled()
+    shown, verbosity = not are_progress_bars_disabled(), get_verbosity()
     disable_progress_bars()
+    set_verbosity(CRITICAL)
     try:
         yield
     finally:
+        set_verbosity(verbosity)
         if shown:
             enable_progress_bars()

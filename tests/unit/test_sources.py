@@ -117,6 +117,8 @@ def test_jsonl_compressed_is_read_as_it_is(tmp_path: Path) -> None:
         ('{"prompt": "1\\ud83d+2=", "answer": 1}', "has a prompt that is no valid text (\\ud83d is half a surrogate pair)"),
         ('{"prompt": [{"role": "user", "content": "\\udc00"}], "answer": 1}',
          "has a prompt that is no valid text (\\udc00 is half a surrogate pair)"),
+        (json.dumps({"prompt": json.dumps([{"role": "user", "content": "hi"}]), "answer": 1}), "has a prompt that spells chat messages as text"),
+        (json.dumps({"prompt": str([{"role": "user", "content": "it's"}]), "answer": 1}), "has a prompt that spells chat messages as text"),
         ('{"prompt": "a", "answer": "\\ud83d"}', "has an answer that is no valid text (\\ud83d is half a surrogate pair)"),
         *((f'{{"prompt": {prompt}, "answer": 1}}',
            "has in column prompt neither a text nor a list of messages with a role and a content each")
@@ -150,6 +152,12 @@ def test_bad_rows_are_counted_and_all_of_them_are_refused_in_any_case(tmp_path: 
         f"data.train.path is {path}; line 3 lacks the column prompt (it has answer). Set data.train.prompt_column or set "
         "data.on_bad_row to skip. 2 of 3 rows are at fault."
     )
+
+
+@pytest.mark.parametrize("text", ["[{role}] of a [{content}]", '[{"role": "user"}', '[{"role": 1}]', "[1]"])
+def test_text_that_only_resembles_messages_is_a_prompt(tmp_path: Path, text: str) -> None:
+    path = _jsonl(tmp_path / "a.jsonl", {"prompt": text, "answer": 1})
+    assert _rows(kind="jsonl", path=path)[0].prompt == text
 
 
 # Files, folders, globs.
@@ -243,6 +251,7 @@ def test_json_list_of_objects_keeps_each_rows_types(tmp_path: Path) -> None:
         ('[{"prompt": "a",}]', None, "the file is not JSON (line 1: Illegal trailing comma before end of object). Mend it."),
         ('{"v": 1, "rows": []}', None, "the file holds no list of objects but a dict (its keys are v, rows). Set list_key to the key of its list."),
         ('{"v": 1, "rows": []}', "row", "the file has no key row (its keys are v, rows). Change list_key."),
+        ("[" + "9" * 5000 + "]", None, "the file is not JSON (Exceeds the limit (4300 digits) for integer string conversion: value has 5000 digits; use sys.set_int_max_str_digits() to increase the limit). Mend it."),
         ("3", None, "the file holds no list of objects but a int. Set list_key to the key of its list."),
     ],
 )  # fmt: skip
@@ -355,6 +364,29 @@ def test_parquet_leaves_no_copy_behind(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", Path("/proc/nowhere"))
     assert len(_rows(kind="parquet", path=path)) == 1
     assert list(made.iterdir()) == []
+
+
+def test_parquet_without_rows_is_passed_over_and_none_at_all_is_named(tmp_path: Path) -> None:
+    from pyarrow import array, string, table
+    from pyarrow.parquet import write_table
+
+    second = _parquet(tmp_path / "b.parquet", {"prompt": "a", "answer": "1"})
+    no_texts = array([], string())
+    write_table(table({"prompt": no_texts, "answer": no_texts}), tmp_path / "a.parquet")
+    assert [row.place for row in _rows(kind="parquet", path=tmp_path)] == [f"{second}, row 0"]
+    assert _refusal(kind="parquet", path=tmp_path / "a.parquet").endswith("; it is empty. Give a source that has rows.")
+
+
+def test_parquet_files_of_other_columns_are_one_line_with_the_cause(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    _parquet(tmp_path / "a.parquet", {"prompt": "a", "answer": "1"})
+    _parquet(tmp_path / "b.parquet", {"question": "a", "answer": "1"})
+    message = _refusal(kind="parquet", path=tmp_path)
+    assert message.startswith(
+        f"data.train.path is {tmp_path}; loading it fails: CastError: Couldn't cast question: string"
+    )
+    assert capfd.readouterr().err == ""
 
 
 def test_parquet_that_is_none_is_one_line(tmp_path: Path) -> None:
