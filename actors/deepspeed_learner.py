@@ -22,7 +22,6 @@ from maspo_ray.data.tokenizers import load_tokenizer
 from maspo_ray.errors import ConfigError
 from maspo_ray.experience import PublishReport, UpdateReport
 from maspo_ray.packing import Bundle, RankPlan
-from maspo_ray.run_dir.checkpoint import whole_folder
 from maspo_ray.weight_sync import Backend
 
 
@@ -281,13 +280,12 @@ class DeepSpeedLearner:
         if self._rank > 0:
             return
         model = self._engine.module.model
-        with whole_folder(Path(folder)) as partial:
-            model.save_pretrained(partial, state_dict=state)
-            load_tokenizer(self._model_config).save_pretrained(partial)
-            if adapters:
-                from actors.lora import save_adapter
+        model.save_pretrained(folder, state_dict=state)
+        load_tokenizer(self._model_config).save_pretrained(folder)
+        if adapters:
+            from actors.lora import save_adapter
 
-                save_adapter(model, adapters, partial / "adapter")
+            save_adapter(model, adapters, Path(folder) / "adapter")
 
     def save_state(self, folder: str) -> None:
         from actors.deepspeed_engine import save_engine

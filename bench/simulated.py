@@ -259,7 +259,7 @@ class SimulatedLearner:
         return [_LOGPROBS[: len(completion)] for _, completion in pairs]
 
     async def save(self, folder: Path) -> None:
-        pass
+        folder.mkdir()
 
     async def save_state(self, folder: Path) -> None:
         pass

@@ -16,8 +16,10 @@ import yaml
 
 from maspo_ray.config import load_config
 from maspo_ray.errors import ConfigError, RunError
+from maspo_ray.stop_signals import EXIT_CODE, stop_signals
+from maspo_ray.terminal import patient_streams
 
-_EXIT_FAILED, _EXIT_BAD_INPUT, _EXIT_INTERRUPTED = 1, 2, 130
+_EXIT_FAILED, _EXIT_BAD_INPUT, _EXIT_INTERRUPTED = 1, 2, EXIT_CODE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,6 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--start", type=int, help="begin after this step, 0 being the start; by default the last that can be"
     )
     options, overrides = parser.parse_known_args(arguments)
+    with patient_streams(), stop_signals(exits=True):
+        return _run(options, overrides)
+
+
+def _run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Runs the command that the options name; returns the exit code, having said why it is not 0."""
     try:
         with _messages_shown():
             if options.command == "check":

@@ -1,14 +1,12 @@
 """One run from its config to its summary: checks, Ray, actors, the pipeline, and the way back down.
 
-Promise: nothing is started before the config's files and classes are checked; however a run ends, by its last step, an error or
-Ctrl-C, its actors are ended, its files closed, and what was saved is said.
+Promise: nothing is started before the config's files and classes are checked; however a run ends, by its last step, an error or a
+signal, its actors are ended, its files closed, its summary is written, and what was saved is said.
 """
 
 import asyncio
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import suppress
+from enum import Enum, auto
 
 from maspo_ray.config import RunConfig
 from maspo_ray.config.without_effect import warn_of_keys_without_effect
@@ -18,6 +16,7 @@ from maspo_ray.data.stream import train_stream
 from maspo_ray.data.tokenizers import load_model_config, load_tokenizer
 from maspo_ray.data.vocabulary import check_vocabulary
 from maspo_ray.dtype_speed import warn_of_slow_bfloat16
+from maspo_ray.errors import ActorError, RunError
 from maspo_ray.evaluation.evaluator import Evaluator
 from maspo_ray.fleet.fleet import Fleet
 from maspo_ray.fleet.loading import Plugins, load_plugins
@@ -31,9 +30,14 @@ from maspo_ray.pipeline.loop import Pipeline
 from maspo_ray.preflight import check_object_store, preflight
 from maspo_ray.rollouts.error_watch import ErrorWatch
 from maspo_ray.rollouts.pool import RolloutPool
+from maspo_ray.run_dir.hold import held_run_dir, remove_partial
 from maspo_ray.run_dir.journal import Journal
-from maspo_ray.run_dir.summary import RunSummary
+from maspo_ray.run_dir.summary import RunSummary, summary_text
 from maspo_ray.sampling import say_what_the_ratio_leaves_out
+from maspo_ray.stop_signals import cancelled_by_signals, stop_signals, stop_was_asked
+
+_SIGNAL_S = 1.0
+"""A signal to a whole job reaches its processes within this time of each other."""
 
 
 def train(config: RunConfig, resume: bool = False) -> RunSummary:
@@ -43,21 +47,30 @@ def train(config: RunConfig, resume: bool = False) -> RunSummary:
         ConfigError: the config names something that is not there; no actor was started.
         RunError: the run could not go on.
     """
-    warn_of_keys_without_effect(config)
-    rows = preflight(config, resume)
-    plugins = load_plugins(config)
-    warn_of_slow_bfloat16(config.model, config.learner)
-    say_what_the_ratio_leaves_out(config.rollout)
-    prompts = _load_prompts(config, rows, plugins)
-    with connected(config.placement) as may_grow:
-        plan = wait_for_cluster(demands(config), config.placement.wait_s if may_grow else 0.0)
-        check_object_store(config, object_store_bytes())
-        warn_of_what_does_not_fit(estimate_memory(config, plan))
-        reservation = reserve(plan, config.placement.wait_s)
-        try:
-            return asyncio.run(_Session(config, plugins, prompts, rows, plan, reservation).run())
-        finally:
-            reservation.release()
+    with stop_signals():
+        warn_of_keys_without_effect(config)
+        rows = preflight(config, resume)
+        plugins = load_plugins(config)
+        warn_of_slow_bfloat16(config.model, config.learner)
+        say_what_the_ratio_leaves_out(config.rollout)
+        with held_run_dir(config.run_dir):
+            prompts = _load_prompts(config, rows, plugins)
+            with connected(config.placement) as may_grow:
+                plan = wait_for_cluster(demands(config), config.placement.wait_s if may_grow else 0.0)
+                check_object_store(config, object_store_bytes())
+                warn_of_what_does_not_fit(estimate_memory(config, plan))
+                reservation = reserve(plan, config.placement.wait_s)
+                try:
+                    return asyncio.run(_Session(config, plugins, prompts, rows, plan, reservation).run())
+                finally:
+                    reservation.release()
+
+
+class _End(Enum):
+    """How a run ends that did not fail."""
+
+    FINISHED = auto()
+    INTERRUPTED = auto()
 
 
 def _load_prompts(config: RunConfig, rows: RunRows, plugins: Plugins) -> RunPrompts:
@@ -98,22 +111,54 @@ class _Session:
         )
 
     async def run(self) -> RunSummary:
-        interrupted = False
+        """Returns what the run has come to; where it failed, the error that it raises says so too."""
+        end = await self._end_of_work()
+        self._journal.close()
+        # Whoever has asked the run to end may not wait for the actors.
+        with suppress(RunError):
+            self._journal.files.write_summary(self._summary(end))
+        await self._fleet.shutdown()
+        remove_partial(self._config.run_dir)
         try:
-            with self._journal, _interruptible():
+            self._journal.draw()
+            self._journal.files.write_summary(summary := self._summary(end))
+        except RunError as error:
+            end = end if isinstance(end, Exception) else error
+            summary = self._summary(end)
+        if isinstance(end, Exception):
+            end.add_note(summary_text(summary))
+            raise end
+        return summary
+
+    async def _end_of_work(self) -> "Exception | _End":
+        """Runs the run; returns how it ended."""
+        failure: BaseException
+        try:
+            with self._journal, cancelled_by_signals():
                 await self._work()
+            return _End.FINISHED
         except asyncio.CancelledError:
-            interrupted = True
+            return _End.INTERRUPTED
         except BaseExceptionGroup as group:
-            raise _first_cause(group) from None
-        finally:
-            await self._fleet.shutdown()
-            self._journal.close()
+            failure = _first_cause(group)
+        except Exception as error:
+            failure = error
+        if not isinstance(failure, Exception):
+            raise failure
+        if isinstance(failure, ActorError):
+            # A scheduler's signal reaches Ray's processes too, and the end of one of them may be known before it.
+            await asyncio.sleep(_SIGNAL_S)
+            if stop_was_asked():
+                return _End.INTERRUPTED
+        return failure
+
+    def _summary(self, end: "Exception | _End") -> RunSummary:
         return self._journal.summarise(
             groups=self._intake.counts,
             errors=self._errors.errors,
             evaluation_errors=self._errors.evaluation_errors,
-            interrupted=interrupted,
+            interrupted=end is _End.INTERRUPTED,
+            failure=_one_line(end) if isinstance(end, Exception) else None,
         )
 
     async def _work(self) -> None:
@@ -151,30 +196,12 @@ class _Session:
                 saying.cancel()
 
 
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Turns the first Ctrl-C (or SIGTERM) into the task's cancellation; a second one ends the process as usual."""
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    if task is None or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    signals = (signal.SIGINT, signal.SIGTERM)
-
-    def stop() -> None:
-        for number in signals:
-            loop.remove_signal_handler(number)
-        task.cancel()
-
-    for number in signals:
-        loop.add_signal_handler(number, stop)
-    try:
-        yield
-    finally:
-        for number in signals:
-            loop.remove_signal_handler(number)
+def _one_line(error: Exception) -> str:
+    text = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())
 
 
 def _first_cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """Returns the first error of a group that is not itself one."""
-    leaves: Sequence[BaseException] = group.exceptions
-    return next((_first_cause(leaf) if isinstance(leaf, BaseExceptionGroup) else leaf) for leaf in leaves)
+    first = group.exceptions[0]
+    return _first_cause(first) if isinstance(first, BaseExceptionGroup) else first

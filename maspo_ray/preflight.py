@@ -18,6 +18,7 @@ from maspo_ray.data.run_rows import RunRows
 from maspo_ray.errors import ConfigError
 from maspo_ray.model_limits import check_model_limits
 from maspo_ray.model_shape import read_config_json
+from maspo_ray.run_dir.hold import check_run_dir
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Of vLLM 0.32.0's CPU attention (CPUAttentionBackend.get_supported_head_sizes); with another size the engine would fail only at its
@@ -25,8 +26,6 @@ start."""
 
 _TOKEN_BYTES = 16
 """What a token of a completion takes in the object store, at most about: its id, log-prob, reference log-prob and text."""
-
-_WRITTEN = ("ledger.jsonl", "eval.jsonl", "notes.jsonl", "timeline.json", "summary.json")
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -45,7 +44,7 @@ def preflight(config: RunConfig, resume: bool) -> RunRows:
         lambda: check_model_limits(config),
         lambda: check_lora(config.learner.lora, config.model),
         rows.read_files,
-        lambda: check_run_dir(config, resume),
+        lambda: check_run_dir(config.run_dir, resume),
     ]
     if not (config.placement.address or os.environ.get("RAY_ADDRESS")):
         checks.append(lambda: check_object_store(config, config.placement.object_store_gib * 2**30))
@@ -162,51 +161,3 @@ def check_object_store(config: RunConfig, capacity_bytes: float) -> None:
             f"{groups * group_bytes / 2**30:.3g} GiB of tokens and log-probs, more than the object store's "
             f"{capacity_bytes / 2**30:.3g} GiB. Lower it, or raise placement.object_store_gib (of a cluster: what `ray start` gives it)."
         )
-
-
-def check_run_dir(config: RunConfig, resume: bool) -> None:
-    """Checks that the run's folder can be written to and holds no other run.
-
-    Raises:
-        ConfigError: it cannot, or it does; or `resume` is set, which is not supported yet.
-    """
-    run_dir = config.run_dir
-    if resume:
-        saved = _newest_model(run_dir)
-        remedy = f"with --model.path {saved} and another --run_dir" if saved else "without --resume"
-        raise ConfigError(f"--resume is given; resuming is not supported yet. Start a new run {remedy}.")
-    where = f"run_dir is {run_dir}"
-    there = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise ConfigError(f"{where}; {'it' if there == run_dir else there} is a file. Give a new run_dir.")
-    if not os.access(there, os.W_OK):
-        raise ConfigError(f"{where}; {there} cannot be written to. Give a run_dir that can.")
-    if any((run_dir / name).exists() for name in ("metrics.jsonl", "final", "config.yaml")):
-        kind = "a finished" if _is_finished(run_dir) else "an unfinished"
-        raise ConfigError(f"{where}; it already holds {kind} run. Give a new run_dir or remove it.")
-    for path in map(run_dir.joinpath, _WRITTEN):
-        if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
-            raise ConfigError(f"{where}; {path} cannot be written to. Remove it, or give a new run_dir.")
-
-
-def _is_finished(run_dir: Path) -> bool:
-    """Returns whether the run in a folder came to its last step; the summary of an interrupted run says that it did not."""
-    if (run_dir / "final").exists():
-        return True
-    try:
-        return not json.loads((run_dir / "summary.json").read_text()).get("interrupted", False)
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def _newest_model(run_dir: Path) -> Path | None:
-    """Returns the folder of the model that a run saved last, None if it saved none."""
-    if (run_dir / "final" / "config.json").is_file():
-        return run_dir / "final"
-    saved = [folder.parent for folder in run_dir.glob("checkpoints/step_*/config.json")]
-    return max(saved, key=_step_of, default=None)
-
-
-def _step_of(folder: Path) -> int:
-    digits = re.findall(r"\d+", folder.name)
-    return int(digits[-1]) if digits else -1

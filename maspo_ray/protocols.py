@@ -224,7 +224,7 @@ class LearnerActor(Protocol):
         ...
 
     def save(self, folder: str) -> None:
-        """Writes a Hugging Face model and its tokenizer; the folder has its name once it is complete, since a run can end meanwhile."""
+        """Writes a Hugging Face model and its tokenizer into a folder, which gets its lasting name when this has returned."""
         ...
 
     def save_state(self, folder: str) -> None:

@@ -7,6 +7,7 @@ through `learner`.
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -26,8 +27,11 @@ from maspo_ray.fleet.reward_calls import RewardCalls
 from maspo_ray.fleet.transfer_sets import transfer_sets
 from maspo_ray.hosts.reward_host import RewardHost
 from maspo_ray.hosts.rollout_host import RolloutHost
+from maspo_ray.threads import call_aside
 
 _SHUTDOWN_S = 5.0
+_KILL_S = 3.0
+"""What Ray may take to end actors: it asks its head, which may be gone."""
 _MORE_CALLS = 4096
 """Calls that Ray lets an async actor run at once besides one for each group under way: room for evaluations, probes and the calls of a
 weight update, which must not queue behind groups. How many completions an engine works on at once is its host's affair
@@ -78,7 +82,7 @@ class Fleet:
     async def object_store_used_bytes() -> float:
         try:
             async with asyncio.timeout(_STATE_S):
-                return await asyncio.to_thread(object_store_used_bytes)
+                return await call_aside(object_store_used_bytes)
         except TimeoutError:
             silence = f"Ray has not said for {_STATE_S:g} s how full its object store is"
             raise RunError(f"{silence}: its head is gone, or overloaded. See `ray status`.") from None
@@ -163,10 +167,16 @@ class Fleet:
         await await_all(self._config.pipeline.setup_timeout_s, where, calls)
 
     async def shutdown(self) -> None:
-        """Lets every actor that can end itself do so, within a deadline, then ends all."""
-        ending = [handle.shutdown.remote() for handle in self._actors["rollout"]] + self.learner.end()
-        await asyncio.to_thread(ray.wait, ending, num_returns=len(ending), timeout=_SHUTDOWN_S)
+        """Lets every actor that can end itself do so, within a deadline, then ends all; also where Ray itself has ended."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_SHUTDOWN_S + _KILL_S):
+                await call_aside(self._end_actors)
+        ACTOR_LOGS.clear()
+
+    def _end_actors(self) -> None:
+        ending = [handle.shutdown.remote() for role in ("rollout", "reward") for handle in self._actors[role]]
+        ending += self.learner.end()
+        ray.wait(ending, num_returns=len(ending), timeout=_SHUTDOWN_S)
         for handles in self._actors.values():
             for handle in handles:
                 ray.kill(handle)
-        ACTOR_LOGS.clear()

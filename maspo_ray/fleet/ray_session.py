@@ -1,45 +1,48 @@
 """The Ray that a run uses: the one that it is told of, or one of its own.
 
-Promise: a Ray of the run's own is gone when the run is, with every process that it started; its logs stay where an error ended the run
-that may have begun in an actor; another's Ray is left as it was found.
+Promise: another's Ray is left as it was found, and one that does not answer is said in one line by `placement.wait_s`; a Ray of the run's
+own is `own_ray`'s.
 """
 
-import logging
 import os
-import shutil
-import tempfile
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import psutil
 import ray
 
 from maspo_ray.config import PlacementConfig
 from maspo_ray.errors import ConfigError
+from maspo_ray.fleet.own_ray import connect, disconnect, own_ray
 
-_EXIT_S = 3.0
+# Prints why the cluster is not to be talked to, nothing where it is. Ray itself would try 20 times and write its reason to the process's
+# standard error alone.
+_PROBE = "import sys\nfrom ray._raylet import GcsClient\ntry: GcsClient(address=sys.argv[1])\nexcept Exception as e: print(e)"
+_IMPORT_S = 10.0
 
 
 @contextmanager
 def connected(placement: PlacementConfig) -> Iterator[bool]:
-    """Connects to Ray for the run's time; yields whether nodes may still join it (it is not the run's own)."""
+    """Connects to Ray for the run's time; yields whether nodes may still join it (it is not the run's own).
+
+    Raises:
+        ConfigError: no Ray answers at the address, or it refuses this process.
+    """
     address = placement.address or os.environ.get("RAY_ADDRESS")
     if ray.is_initialized():
         yield True
     elif address:
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=False)
-        except ConnectionError as error:
-            raise ConfigError(
-                f"placement.address is {address}; no Ray answers there ({str(error).splitlines()[0]}). "
-                "Start one, or leave the address out for a Ray of the run's own."
-            ) from None
+        where = f"{'placement.address' if placement.address else 'RAY_ADDRESS'} is {address}"
+        _connect(where, address, placement.wait_s)
         try:
             yield True
         finally:
-            ray.shutdown()
+            disconnect()
     else:
-        yield from _own(placement)
+        with own_ray(placement):
+            yield False
 
 
 def object_store_bytes() -> float:
@@ -52,42 +55,52 @@ def object_store_used_bytes() -> float:
     return object_store_bytes() - float(ray.available_resources().get("object_store_memory", 0.0))
 
 
-def _own(placement: PlacementConfig) -> Iterator[bool]:
-    # Unix sockets have short paths, so the folder must lie near the root.
-    folder = tempfile.mkdtemp(prefix="maspo-", dir="/tmp" if os.path.isdir("/tmp") else None)
-    keep_logs = False
+def _connect(where: str, address: str, wait_s: float) -> None:
+    remedy = "Start one, or leave the address out for a Ray of the run's own."
     try:
-        # Its dashboard and usage report are not for a Ray that lives as long as one run.
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(
-            address="local",
-            _temp_dir=folder,
-            num_cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
-            include_dashboard=False,
-            object_store_memory=int(placement.object_store_gib * 2**30),
-            log_to_driver=False,
-            logging_level=logging.ERROR,
+        _check_answer(where, address, wait_s)
+        connect(address)
+    except (ConnectionError, ray.exceptions.AuthenticationError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{where}; no Ray can be reached there ({str(error).splitlines()[0]}). {remedy}") from None
+
+
+def _check_answer(where: str, address: str, wait_s: float) -> None:
+    """Checks that a cluster answers at `host:port`, with Ray's client or without; of other addresses Ray itself judges at once."""
+    is_client = address.startswith("ray://")
+    host, colon, port = address.removeprefix("ray://").partition("/")[0].rpartition(":")
+    if not (colon and port.isdigit()):
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=wait_s).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"{where}; nothing answers there within placement.wait_s ({wait_s:g} s: {error}). Start a Ray there, or leave the "
+            "address out for one of the run's own."
+        ) from None
+    if not is_client:
+        refusal = _refusal(address, wait_s)
+        if "AuthToken" in refusal:
+            raise ConfigError(
+                f"{where}; its Ray refuses this process's token. Give the cluster's in RAY_AUTH_TOKEN, with RAY_AUTH_MODE=token."
+            )
+        if refusal:
+            raise ConfigError(
+                f"{where}; what answers there is no Ray that can be used ({refusal}). Give the address of one."
+            )
+
+
+def _refusal(address: str, wait_s: float) -> str:
+    """Returns why a cluster does not talk to a process like this one, "" where it does."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", _PROBE, address],
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=wait_s + _IMPORT_S,
         )
-        yield False
-    except ConfigError:
-        raise
-    # Not an interruption, which is no `Exception`.
-    except Exception as error:
-        # The engines' own last words may be needed to understand what happened.
-        error.add_note(f"the actors' logs are in {folder}/session_latest/logs")
-        keep_logs = True
-        raise
-    finally:
-        started = psutil.Process().children(recursive=True)
-        ray.shutdown()
-        _end(started)
-        if not keep_logs:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _end(processes: list[psutil.Process]) -> None:
-    """Waits for processes to end, and ends those that do not."""
-    _, alive = psutil.wait_procs(processes, timeout=_EXIT_S)
-    for process in alive:
-        process.kill()
-    psutil.wait_procs(alive, timeout=_EXIT_S)
+    except subprocess.TimeoutExpired:
+        return f"it says nothing within {wait_s:g} s"
+    return " ".join(done.stdout.split())

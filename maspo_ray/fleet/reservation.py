@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import ray
@@ -16,11 +17,13 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from maspo_ray.errors import ConfigError
 from maspo_ray.fleet.placement import Node, Plan, RoleDemand, Slot, count_text, plan
+from maspo_ray.threads import call_within
 
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.25
 _LOG_EVERY_S = 5.0
+_RELEASE_S = 3.0
 
 
 def cluster_nodes() -> tuple[Node, ...]:
@@ -85,10 +88,11 @@ class Reservation:
         return PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
 
     def release(self) -> None:
-        """Frees all slots, which ends the actors in them; a second call does nothing."""
+        """Frees all slots, which ends the actors in them; a second call does nothing. Where Ray's head is gone there is nothing to free."""
 
-        while self.groups:
-            remove_placement_group(self.groups.pop())
+        groups, self.groups = self.groups, []
+        with suppress(TimeoutError):
+            call_within(_RELEASE_S, lambda: [remove_placement_group(group) for group in groups])
 
 
 def reserve(plan: Plan, wait_s: float) -> Reservation:

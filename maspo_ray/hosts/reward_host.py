@@ -9,7 +9,10 @@ import inspect
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
+
+import psutil
 
 from maspo_ray.experience import Completion, Outcome, Prompt, Verdict
 
@@ -30,6 +33,12 @@ class RewardHost:
             result = setup()
             if inspect.isawaitable(result):
                 await result
+
+    async def shutdown(self) -> None:
+        """Ends the processes that the reward has started, also those in sessions of their own."""
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                process.kill()
 
     async def score(self, prompt: Prompt, completions: Sequence[Completion]) -> list[Verdict]:
         """Returns a verdict for each completion."""

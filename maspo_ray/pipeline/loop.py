@@ -24,7 +24,7 @@ from maspo_ray.pipeline.wait_watch import watch_waits
 from maspo_ray.rollouts.pool import RolloutPool
 from maspo_ray.rollouts.publishing import WeightUpdates, must_show
 from maspo_ray.rollouts.references import ReferencePool
-from maspo_ray.run_dir.checkpoint import STATE, begin_checkpoint, end_checkpoint
+from maspo_ray.run_dir.checkpoint import STATE, begin_checkpoint, end_checkpoint, whole_folder
 from maspo_ray.run_dir.journal import Journal
 from maspo_ray.run_dir.metrics import combine_updates, without_lags_above
 
@@ -92,8 +92,13 @@ class Pipeline:
             with self._journal.waiting("the record of the last step"):
                 await self._recorder.finish()
         if self._config.checkpoint.save_final:
-            with self._timeline.span("learner", "save"), self._journal.waiting("the final model"):
-                await self._fleet.learner.save(self._journal.files.final)
+            with (
+                self._timeline.span("learner", "save"),
+                self._journal.waiting("the final model"),
+                # What a learner is writing is half a model until it returns.
+                whole_folder(self._journal.files.final) as partial,
+            ):
+                await self._fleet.learner.save(partial)
 
     async def _train(self, tasks: asyncio.TaskGroup) -> None:
         counted = dict(self._intake.counts)

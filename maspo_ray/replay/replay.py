@@ -5,6 +5,7 @@ compared with what the run saved, parameter by parameter.
 """
 
 import asyncio
+import math
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from maspo_ray.replay.model_difference import ModelDifference, model_difference
 from maspo_ray.replay.plan import ReplayPlan
 from maspo_ray.run_dir.metrics import combine_updates
 from maspo_ray.run_dir.step_record import read_step
+from maspo_ray.stop_signals import cancelled_by_signals, stop_signals
 
 
 def replay(plan: ReplayPlan, note: Callable[[str], None]) -> ModelDifference:
@@ -34,26 +36,29 @@ def replay(plan: ReplayPlan, note: Callable[[str], None]) -> ModelDifference:
     learner, placement = plan.config.learner, plan.config.placement
     classes = {"learner": load_role(plan.config, "learner")}
     demand = RoleDemand("learner", plan.ranks, None, learner.gpus, learner.cpus)
-    with connected(placement) as may_grow:
+    with stop_signals(), connected(placement) as may_grow:
         placed = wait_for_cluster([demand], placement.wait_s if may_grow else 0.0)
         reservation = reserve(placed, placement.wait_s)
         try:
             return asyncio.run(_replay(plan, Fleet(plan.config, classes, placed, reservation), note))
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None
         finally:
             reservation.release()
 
 
 async def _replay(plan: ReplayPlan, fleet: Fleet, note: Callable[[str], None]) -> ModelDifference:
     try:
-        await fleet.setup(lambda _: None)
-        if plan.state is not None:
-            await fleet.learner.load_state(plan.state)
-        for step in range(plan.start + 1, plan.step + 1):
-            note(_line(step, await _step(plan, fleet, step), plan.rows[step]))
-        # Where learner ranks on other nodes see it too.
-        with tempfile.TemporaryDirectory(prefix=".replay-", dir=plan.paths.path.resolve()) as folder:
-            await fleet.learner.save(Path(folder))
-            return model_difference(Path(folder), plan.saved)
+        with cancelled_by_signals():
+            await fleet.setup(lambda _: None)
+            if plan.state is not None:
+                await fleet.learner.load_state(plan.state)
+            for step in range(plan.start + 1, plan.step + 1):
+                note(_line(step, await _step(plan, fleet, step), plan.rows[step]))
+            # Where learner ranks on other nodes see it too.
+            with tempfile.TemporaryDirectory(prefix=".replay-", dir=plan.paths.path.resolve()) as folder:
+                await fleet.learner.save(Path(folder))
+                return model_difference(Path(folder), plan.saved)
     finally:
         await fleet.shutdown()
 
@@ -74,4 +79,5 @@ def _line(step: int, metrics: Mapping[str, float], row: Mapping[str, Any]) -> st
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.9g}"
+    """Returns a figure; of a step whose updates were all left out there is none, which a row says by null and the learner by NaN."""
+    return "-" if value is None or math.isnan(value) else f"{value:.9g}"

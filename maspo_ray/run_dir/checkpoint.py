@@ -22,10 +22,18 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
     Args:
         folder: does not exist, or is empty.
+
+    Raises:
+        RunError: this process does not find what was written.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     yield partial
+    if not partial.is_dir():
+        raise RunError(
+            f"the learner saved its model into {partial.resolve()}, where the driver finds nothing. Take a run_dir that all nodes "
+            "share; the model is in that folder of the node of learner/0."
+        )
     partial.rename(folder)
 
 

@@ -14,6 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from maspo_ray.run_dir.sinks import whole_file
+
 _SMOOTH_FROM_STEPS = 20
 """Runs of at least so many steps are drawn with a running mean, since single steps are too noisy to read."""
 
@@ -48,7 +50,8 @@ _PANELS = (
 def draw_curves(run_dir: Path) -> Path:
     """Draws metrics.jsonl and eval.jsonl of a run; returns the path of its curves.png."""
     path = run_dir / "curves.png"
-    curves_figure(run_dir).savefig(path)
+    with whole_file(path) as partial:
+        curves_figure(run_dir).savefig(partial, format="png")
     return path
 
 

@@ -5,14 +5,23 @@ Promise: a line is on its way to the disk when it is written; the folder's colum
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 import msgspec
 import yaml
 
 from maspo_ray.config import RunConfig
-from maspo_ray.errors import ConfigError
+from maspo_ray.errors import ConfigError, RunError
 from maspo_ray.run_dir.paths import RunPaths
-from maspo_ray.run_dir.sinks import JsonlSink, JsonlWriter, MetricSink, TensorBoardSink, json_bytes
+from maspo_ray.run_dir.sinks import (
+    JsonlSink,
+    JsonlWriter,
+    MetricSink,
+    TensorBoardSink,
+    json_bytes,
+    unwritable,
+    whole_file,
+)
 from maspo_ray.run_dir.summary import RunSummary
 from maspo_ray.run_dir.timeline import TraceWriter
 
@@ -48,7 +57,10 @@ class RunFiles(RunPaths):
 
     def write_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         for sink in self._metrics:
-            sink.write(step, metrics)
+            try:
+                sink.write(step, metrics)
+            except OSError as error:
+                raise unwritable(self.path, error) from None
 
     def write_ledger(self, row: Mapping[str, object]) -> None:
         self._ledger.write(row)
@@ -59,7 +71,8 @@ class RunFiles(RunPaths):
     def write_left_out(self, rows: Sequence[Mapping[str, object]]) -> None:
         """Writes the rows of the data that became no prompt, one a line; no file where there are none."""
         if rows:
-            (self.path / "left_out.jsonl").write_bytes(b"".join(json_bytes(row) + b"\n" for row in rows))
+            with whole_file(self.path / "left_out.jsonl") as partial:
+                partial.write_bytes(b"".join(json_bytes(row) + b"\n" for row in rows))
 
     def write_trace(self, event: str) -> None:
         if self._trace is not None:
@@ -84,13 +97,12 @@ class RunFiles(RunPaths):
         return tuple(str(path.relative_to(self.path)) for path in found + checkpoints)
 
     def write_summary(self, summary: RunSummary) -> None:
-        (self.path / "summary.json").write_bytes(msgspec.json.format(json_bytes(summary), indent=2) + b"\n")
+        with whole_file(self.path / "summary.json") as partial:
+            partial.write_bytes(msgspec.json.format(json_bytes(summary), indent=2) + b"\n")
 
     def close(self) -> None:
-        for sink in self._metrics:
-            sink.close()
-        self._ledger.close()
-        self._eval.close()
-        self._notes.close()
-        if self._trace is not None:
-            self._trace.close()
+        """Closes them, also on a full disk: all but the timeline's last bracket and what TensorBoard has yet to write is there."""
+        for file in (*self._metrics, self._ledger, self._eval, self._notes, self._trace):
+            if file is not None:
+                with suppress(OSError, RunError):
+                    file.close()

@@ -53,6 +53,7 @@ class RunHistory:
         evaluation_errors: int,
         interrupted: bool,
         saved: tuple[str, ...],
+        failure: str | None = None,
     ) -> RunSummary:
         """Returns what the run has come to so far."""
         columns = self._columns
@@ -81,6 +82,7 @@ class RunHistory:
             evaluation_errors=evaluation_errors,
             interrupted=interrupted,
             saved=saved,
+            failure=failure,
         )
 
 

@@ -101,26 +101,29 @@ class Journal:
             self.note(line)
 
     def close(self) -> None:
-        """Closes the files; `summarise` can follow."""
+        """Closes the files; `draw` and `summarise` can follow."""
         self.files.close()
 
+    def draw(self) -> None:
+        """Draws the curves, unless the config says not to."""
+        if self._draws_curves:
+            draw_curves(self.files.path)
+
     def summarise(
-        self, *, groups: dict[str, int], errors: int, evaluation_errors: int, interrupted: bool
+        self, *, groups: dict[str, int], errors: int, evaluation_errors: int, interrupted: bool, failure: str | None
     ) -> RunSummary:
-        """Returns and writes what the run has come to.
+        """Returns what the run has come to; to be written by `files.write_summary`.
 
         Args:
             errors: completions of training that could not be scored; evaluation_errors, of evaluations.
+            failure: why it could not go on, None where it could.
         """
-        if self._draws_curves:
-            draw_curves(self.files.path)
-        summary = self._history.summary(
+        return self._history.summary(
             groups=groups,
             seconds=self.timeline.totals(),
             errors=errors,
             evaluation_errors=evaluation_errors,
             interrupted=interrupted,
             saved=self.files.saved(),
+            failure=failure,
         )
-        self.files.write_summary(summary)
-        return summary

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Literal, Protocol, Self, TextIO
+from typing import Literal, Protocol, Self, TextIO, cast
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from maspo_ray.run_dir.summary import duration_text, percent_text
+from maspo_ray.terminal import PatientStream
 
 PLAIN_INTERVAL_S = 2.0
 
@@ -47,7 +48,7 @@ class Progress:
     def __init__(self, total_steps: int, mode: ProgressMode, stream: TextIO, clock: Clock = time.monotonic) -> None:
         self._total_steps = total_steps
         self._clock = clock
-        self._display = _make_display(total_steps, mode, stream, clock)
+        self._display = _make_display(total_steps, mode, cast(TextIO, PatientStream(stream)), clock)
         self._accuracy: float | None = None
         self._first: tuple[int, float] | None = None
 
@@ -94,7 +95,9 @@ class Progress:
 def _make_display(total_steps: int, mode: ProgressMode, stream: TextIO, clock: Clock) -> _Display:
     if mode == "off":
         return _NoDisplay()
-    if mode == "auto" and stream.isatty() and os.environ.get("TERM") != "dumb":
+    # A terminal of another encoding lacks the characters of a bar.
+    can_draw = (stream.encoding or "utf-8").lower().replace("-", "") == "utf8" and os.environ.get("TERM") != "dumb"
+    if mode == "auto" and stream.isatty() and can_draw:
         return _LiveDisplay(total_steps, stream, clock)
     return _PlainDisplay(total_steps, stream, clock)
 

@@ -4,13 +4,17 @@ Promise: what is undefined is written as null, or left out, never as a 0. Does n
 """
 
 import math
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 import numpy as np
+
+from maspo_ray.errors import RunError
 
 
 def json_bytes(value: object) -> bytes:
@@ -27,16 +31,65 @@ def _plain(value: object) -> object:
 _ENCODER = msgspec.json.Encoder(enc_hook=_plain)
 
 
+def unwritable(path: Path, error: OSError) -> RunError:
+    """Returns how a run ends that cannot write a file of its folder, such as on a full disk."""
+    return RunError(
+        f"{path} cannot be written ({error.strerror or error}). Make room there, or give a run_dir that has it."
+    )
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yields a hidden file to write, which gets its name when all is written: what has the name is whole.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise unwritable(path, error) from None
+
+
+class WholeWriter:
+    """Appends pieces to a file: each is in it whole or, where the disk is full, not at all, and on its way to the disk when `write`
+    returns."""
+
+    def __init__(self, path: Path, mode: Literal["ab", "wb"]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        self._file = path.open(mode, buffering=0)
+
+    def write(self, piece: bytes) -> None:
+        """Raises:
+        RunError: it cannot be written.
+        """
+        before = os.fstat(self._file.fileno()).st_size
+        left = memoryview(piece)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            with suppress(OSError):
+                os.ftruncate(self._file.fileno(), before)
+            raise unwritable(self._path, error) from None
+
+    def close(self) -> None:
+        self._file.close()
+
+
 class JsonlWriter:
-    """Appends one JSON object a line to a file; each line is on its way to the disk when `write` returns."""
+    """Appends one JSON object a line to a file."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab")
+        self._file = WholeWriter(path, "ab")
 
     def write(self, row: Mapping[str, object]) -> None:
         self._file.write(json_bytes(row) + b"\n")
-        self._file.flush()
 
     def close(self) -> None:
         self._file.close()

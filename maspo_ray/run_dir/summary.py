@@ -27,7 +27,8 @@ class RunSummary:
         seconds: role → kind of call → seconds, summed over calls, also those that ran at the same time.
         parity_max: largest |Δ log-prob| between learner and rollout engines, at any step and in any probe.
         errors: completions of training that could not be scored; evaluation_errors, of evaluations.
-        interrupted: whether the run ended before its last step.
+        interrupted: whether the run ended before its last step because it was asked to.
+        failure: why it could not go on, None where it could.
         saved: what the run wrote, as paths relative to its folder.
     """
 
@@ -53,6 +54,7 @@ class RunSummary:
     evaluation_errors: int
     interrupted: bool
     saved: tuple[str, ...]
+    failure: str | None = None
 
 
 def duration_text(seconds: float) -> str:
@@ -71,7 +73,7 @@ def percent_text(share: float | None) -> str:
 
 def summary_text(summary: RunSummary) -> str:
     """Returns the lines that a run ends with."""
-    ending = "interrupted after" if summary.interrupted else "finished:"
+    ending = "failed after" if summary.failure else "interrupted after" if summary.interrupted else "finished:"
     rows = [
         (f"accuracy ({summary.eval_set})", _accuracy_text(summary)),
         ("reward", _reward_text(summary)),

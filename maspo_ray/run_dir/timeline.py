@@ -12,6 +12,8 @@ from heapq import heappop, heappush
 from pathlib import Path
 from time import monotonic
 
+from maspo_ray.run_dir.sinks import WholeWriter
+
 MIN_DRAWN_S = 0.01
 MAX_EVENTS = 200_000
 _OWN_LANE = 10_000
@@ -161,13 +163,15 @@ class TraceWriter:
     """Writes events as one JSON array; a file that was not closed lacks its last bracket, which trace viewers accept."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("w", encoding="utf-8")
+        self._file = WholeWriter(path, "wb")
         self._separator = "[\n"
 
     def write(self, event: str) -> None:
-        self._file.write(self._separator + event)
+        self._file.write((self._separator + event).encode())
         self._separator = ",\n"
 
     def close(self) -> None:
-        self._file.write(("[" if self._separator == "[\n" else "\n") + "]\n")
-        self._file.close()
+        try:
+            self._file.write((("[" if self._separator == "[\n" else "\n") + "]\n").encode())
+        finally:
+            self._file.close()

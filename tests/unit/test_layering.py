@@ -17,6 +17,9 @@ ROOT = Path(maspo_ray.__file__).parents[1]
 FLOORS: dict[str, list[str]] = {
     "maspo_ray": [],
     "maspo_ray.errors": [],
+    "maspo_ray.threads": [],
+    "maspo_ray.stop_signals": [],
+    "maspo_ray.terminal": [],
     "maspo_ray.actor_failures": [],
     "maspo_ray.config": [
         "section",
@@ -57,11 +60,11 @@ FLOORS: dict[str, list[str]] = {
     "maspo_ray.model_limits": [],
     "maspo_ray.zero_stage": [],
     "maspo_ray.actor_memory": [],
-    "maspo_ray.preflight": [],
     "maspo_ray.dtype_speed": [],
     "maspo_ray.groups": ["", "staleness", "ledger", "buffer", "late_policy", "intake", "overlong"],
     "maspo_ray.run_dir": [
         "",
+        "hold",
         "paths",
         "checkpoint",
         "step_record",
@@ -76,6 +79,7 @@ FLOORS: dict[str, list[str]] = {
         "history",
         "journal",
     ],
+    "maspo_ray.preflight": [],
     "maspo_ray.hosts": [
         "",
         "idle",
@@ -88,6 +92,9 @@ FLOORS: dict[str, list[str]] = {
     ],
     "maspo_ray.fleet": [
         "",
+        "process_guard",
+        "ray_node",
+        "own_ray",
         "ray_session",
         "blueprint",
         "loading",

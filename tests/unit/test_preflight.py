@@ -17,10 +17,10 @@ from maspo_ray.preflight import (
     check_lora,
     check_model,
     check_object_store,
-    check_run_dir,
     is_hub_id,
     preflight,
 )
+from maspo_ray.run_dir.hold import check_run_dir
 
 LLAMA = {"hidden_size": 128, "num_attention_heads": 4}
 
@@ -241,9 +241,9 @@ def test_preflight_reads_files_and_leaves_other_kinds_to_their_loading(tmp_path:
 
 def test_run_dir_new_or_empty_passes(tmp_path: Path) -> None:
     config = _config(tmp_path)
-    check_run_dir(config, resume=False)
+    check_run_dir(config.run_dir, resume=False)
     config.run_dir.mkdir()
-    check_run_dir(config, resume=False)
+    check_run_dir(config.run_dir, resume=False)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_run_dir_that_holds_a_run_is_refused(tmp_path: Path, files: list[str], k
         (config.run_dir / name).parent.mkdir(parents=True, exist_ok=True)
         (config.run_dir / name).write_text("{}")
     with pytest.raises(ConfigError) as caught:
-        check_run_dir(config, resume=False)
+        check_run_dir(config.run_dir, resume=False)
     assert str(caught.value) == (
         f"run_dir is {config.run_dir}; it already holds {kind} run. Give a new run_dir or remove it."
     )
@@ -276,27 +276,27 @@ def test_run_dir_with_a_summary_is_finished_unless_it_was_interrupted(
     (config.run_dir / "metrics.jsonl").touch()
     (config.run_dir / "summary.json").write_text(json.dumps({"interrupted": interrupted}))
     with pytest.raises(ConfigError, match=f"it already holds {kind} run"):
-        check_run_dir(config, resume=False)
+        check_run_dir(config.run_dir, resume=False)
 
 
 def test_run_dir_that_is_a_file_is_refused(tmp_path: Path) -> None:
     config = _config(tmp_path)
     config.run_dir.touch()
     with pytest.raises(ConfigError, match=f"^run_dir is {config.run_dir}; it is a file. Give a new run_dir.$"):
-        check_run_dir(config, resume=False)
+        check_run_dir(config.run_dir, resume=False)
 
 
 def test_run_dir_below_a_file_is_refused(tmp_path: Path) -> None:
     config = _config(tmp_path, run_dir=str(tmp_path / "rows.jsonl" / "run"))
     with pytest.raises(ConfigError, match=f"^run_dir is {config.run_dir}; {tmp_path / 'rows.jsonl'} is a file. Give"):
-        check_run_dir(config, resume=False)
+        check_run_dir(config.run_dir, resume=False)
 
 
 def test_resume_names_the_newest_saved_model(tmp_path: Path) -> None:
     config = _config(tmp_path)
     opening = "--resume is given; resuming is not supported yet. Start a new run "
     with pytest.raises(ConfigError) as caught:
-        check_run_dir(config, resume=True)
+        check_run_dir(config.run_dir, resume=True)
     assert str(caught.value) == opening + "without --resume."
     # Newest by step, not by name; a folder that a crash left without a config is no model.
     for step in ("step_9", "step_000010", "step_000011"):
@@ -304,12 +304,12 @@ def test_resume_names_the_newest_saved_model(tmp_path: Path) -> None:
     for step in ("step_9", "step_000010"):
         (config.run_dir / "checkpoints" / step / "config.json").touch()
     with pytest.raises(ConfigError) as caught:
-        check_run_dir(config, resume=True)
+        check_run_dir(config.run_dir, resume=True)
     newest = config.run_dir / "checkpoints" / "step_000010"
     assert str(caught.value) == f"{opening}with --model.path {newest} and another --run_dir."
     _model(config.run_dir / "final", LLAMA)
     with pytest.raises(ConfigError, match=f"--model.path {config.run_dir}/final and another"):
-        check_run_dir(config, resume=True)
+        check_run_dir(config.run_dir, resume=True)
 
 
 # All of it.
