@@ -3,6 +3,7 @@ groups; engines where it is said."""
 
 import copy
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from vllm.distributed.weight_transfer.base import ParamMeta
 from maspo_ray.errors import ActorFailed, ActorGone, ActorLate
 from maspo_ray.experience import Completion
 from maspo_ray.fleet.transfer_sets import transfer_sets
+from maspo_ray.weight_sync import gloo_trainer
 from maspo_ray.weight_sync.gloo_engine import GlooUpdateInfo, join_group, start_broadcast
 from maspo_ray.weight_sync.publisher import RolloutClient, WeightPublisher
 
@@ -125,6 +127,41 @@ def test_publish_with_an_engine_that_does_not_begin_to_receive_names_it_in_time(
     with pytest.raises(ActorLate, match=r"^rollout/1 did not answer within 1.5 s while beginning to receive weights"):
         publisher.publish(0, (1,))
     assert time.monotonic() - started < 4 * TIMEOUT_S
+
+
+class _Computed(WeightSource):
+    """Weights that are nowhere else, each of 2 MiB: the i-th is full of i."""
+
+    def __init__(self) -> None:
+        self._made: list[weakref.ref[Any]] = []
+        self.held: list[int] = []
+
+    def metadata(self) -> list[ParamMeta]:
+        return [ParamMeta(str(i), torch.float32, (2**19,)) for i in range(8)]
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for i in range(8):
+            # numpy's memory, since it can be watched.
+            weight = np.full(2**19, i, np.float32)
+            self._made.append(weakref.ref(weight))
+            tensor = torch.from_numpy(weight)
+            del weight
+            yield str(i), tensor
+            del tensor
+            self.held.append(sum(known() is not None for known in self._made))
+
+
+def test_publish_holds_what_is_computed_only_while_it_is_under_way(
+    model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gloo_trainer, "_UNDER_WAY_BYTES", 2**21)
+    source, engine = _Computed(), _Engine("first", [])
+    publisher = WeightPublisher(source, "gloo", 0, "127.0.0.1", TIMEOUT_S)
+    publisher.connect((0,), [engine], 1)
+    publisher.publish(0, (0,))
+    assert all(bool((weight == int(name)).all()) for name, weight in engine.received.items())
+    # One that arrives, one that follows.
+    assert len(engine.received) == 8 and max(source.held) <= 3
 
 
 def test_publish_with_an_engine_that_does_not_pause_names_it(model: torch.nn.Module) -> None:
