@@ -4,9 +4,11 @@ Promise: a completion with an id that its engine's text leaves out does not read
 has no token for (a model's vocabulary is often larger) and special tokens, such as padding, before the end.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
+
+from maspo_ray.data.vocabulary import nameless_ids
 
 REPLACEMENT = "\ufffd"
 """Stands for an id without a token."""
@@ -22,9 +24,10 @@ class CompletionText:
 
     def __init__(self, tokenizer: Any, num_ids: int) -> None:
         self._tokenizer = tokenizer
-        self._nameless = frozenset(range(num_ids)).difference(tokenizer.get_vocab().values())
-        added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
-        special = {token_id for token_id, token in added.items() if token.special}
+        self._nameless = nameless_ids(tokenizer, num_ids)
+        # A method where the tokenizer is Mistral's own, which has all of them among `all_special_ids`.
+        added = getattr(tokenizer, "added_tokens_decoder", None)
+        special = {i for i, token in added.items() if token.special} if isinstance(added, Mapping) else set()
         self._unread = self._nameless | special | set(tokenizer.all_special_ids)
 
     def of(self, token_ids: Sequence[int], text: str, stopped: bool) -> str:
@@ -40,5 +43,5 @@ class CompletionText:
         parts = []
         for nameless, run in groupby(read, self._nameless.__contains__):
             ids = list(run)
-            parts.append(REPLACEMENT * len(ids) if nameless else self._tokenizer.decode(ids))
+            parts.append(REPLACEMENT * len(ids) if nameless else self._tokenizer.decode(ids, skip_special_tokens=False))
         return "".join(parts)

@@ -11,7 +11,7 @@ since a model has nothing to say after it.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from textwrap import shorten
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -124,7 +124,7 @@ def _chat_ids(
             # return_dict: since transformers 5 the default is a dictionary with the attention mask.
             ids = tokenizer.apply_chat_template(
                 chosen,
-                chat_template=template,
+                **template,
                 add_generation_prompt=not prefilled,
                 continue_final_message=prefilled,
                 return_dict=False,
@@ -139,9 +139,14 @@ def _chat_ids(
     return _encoded(rows, encode, refused)
 
 
-def _template(name: str | None, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Returns the tokenizer's chat template, of several the one that is asked for."""
+def _template(name: str | None, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+    """Returns the tokenizer's chat template as an argument, of several the one that is asked for; nothing of a tokenizer that renders
+    messages by code of its own."""
+    from transformers.tokenization_mistral_common import MistralCommonBackend
+
     templates: str | dict[str, str] | None = tokenizer.chat_template
+    if isinstance(tokenizer, MistralCommonBackend) and name is None:
+        return {}
     if not templates:
         raise ConfigError(
             "data.chat_template is True; the model's tokenizer has no chat template. Set it to false, or take a model that has."
@@ -151,14 +156,14 @@ def _template(name: str | None, tokenizer: "PreTrainedTokenizerBase") -> str:
             raise ConfigError(
                 f"data.template_name is {name}; the model's tokenizer has one chat template, without a name. Remove it."
             )
-        return templates
+        return {"chat_template": templates}
     if (chosen := name or "default") not in templates:
         where = f"data.template_name is {name or 'not set'}"
         raise ConfigError(
             f"{where}; the model's tokenizer has several chat templates, none of which is called {chosen}. Set it to one of "
             f"{', '.join(sorted(templates))}."
         )
-    return templates[chosen]
+    return {"chat_template": templates[chosen]}
 
 
 def _encoded(

@@ -5,7 +5,7 @@ Promise: a token that the model lacks is named before anything is generated, and
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from maspo_ray.errors import ConfigError
 from maspo_ray.experience import Prompt
@@ -55,9 +55,21 @@ def check_vocabulary(
             shown,
             more,
         )
-    if nameless := [token_id for token_id in range(num_ids) if token_id not in tokens]:
+    if nameless := nameless_ids(tokenizer, num_ids):
         _log.info(
             "The model has %d ids that its tokenizer has no token for (the first is %d). In a completion each reads as U+FFFD.",
             len(nameless),
-            nameless[0],
+            min(nameless),
         )
+
+
+def nameless_ids(tokenizer: Any, num_ids: int) -> frozenset[int]:
+    """Returns the model's ids that the tokenizer has no token for.
+
+    Args:
+        tokenizer: transformers', or one with its methods.
+    """
+    tokens = tokenizer.get_vocab()
+    # Mistral's own tokenizer lists tokens by their text, which parts of a character share: all ids up to its size are tokens.
+    named = tokens.values() if len(tokens) == len(tokenizer) else range(len(tokenizer))
+    return frozenset(range(num_ids)).difference(named)

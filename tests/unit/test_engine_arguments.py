@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from actors.completion_text import CompletionText
 from actors.vllm_rollout import completion_of, cpu_environment, engine_arguments
@@ -204,7 +207,7 @@ def test_learning_rate_rises_in_the_warm_up_and_is_never_zero(
 
 
 READER = CompletionText(
-    SimpleNamespace(get_vocab=lambda: {str(i): i for i in range(10)}, added_tokens_decoder={}, all_special_ids=[]), 10
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({str(i): i for i in range(10)}))), 10
 )
 
 

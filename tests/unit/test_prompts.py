@@ -6,15 +6,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import mistral_common
 import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
+from transformers.tokenization_mistral_common import MistralCommonBackend
 
+from actors.completion_text import CompletionText
 from maspo_ray.config import DataConfig, JsonlSource
 from maspo_ray.data.prompts import load_prompts
 from maspo_ray.data.sources import SourceRows, read_source
+from maspo_ray.data.vocabulary import nameless_ids
 from maspo_ray.errors import ConfigError
 from maspo_ray.experience import Prompt
 
@@ -161,6 +165,22 @@ def test_load_prompts_takes_the_template_that_is_named(tmp_path: Path, name: str
     source = _jsonl(tmp_path, {"prompt": "ab", "answer": "d"})
     [prompt], _ = _load(source, _tokenizer(template=SEVERAL), template_name=name)
     assert prompt.token_ids.tolist() == _ids(rendered)
+
+
+def test_load_prompts_of_mistrals_own_tokenizer_are_rendered_by_its_code(tmp_path: Path) -> None:
+    # Shipped with the package: a tokenizer of 131,072 tokens without a chat template, some of them parts of characters.
+    data = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
+    tokenizer = MistralCommonBackend(data)
+    user, begun = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}
+    source = _jsonl(tmp_path, {"prompt": "Hi", "answer": "d"}, {"prompt": [user, begun], "answer": "d"})
+    whole, opened = (prompt.token_ids.tolist() for prompt in _load(source, tokenizer)[0])
+    # <s> [INST] Hi [/INST], as its documentation has it; a turn that has begun has no </s>.
+    assert [tokenizer.decode([token]) for token in whole] == ["<s>", "[INST]", "Hi", "[/INST]"]
+    assert opened[:4] == whole and [tokenizer.decode([token]) for token in opened[4:]] == ["Yes"]
+    assert nameless_ids(tokenizer, 131_072) == frozenset() and min(nameless_ids(tokenizer, 131_080)) == 131_072
+    reader = CompletionText(tokenizer, 131_080)
+    assert reader.of([opened[4], 2], "Yes", True) == "Yes"
+    assert reader.of([opened[4], 131_075, 2], "Yes", True) == "Yes\ufffd"
 
 
 @pytest.mark.parametrize(
