@@ -16,7 +16,8 @@ from transformers.tokenization_mistral_common import MistralCommonBackend
 
 from actors.completion_text import CompletionText
 from maspo_ray.config import DataConfig, JsonlSource
-from maspo_ray.data.prompts import load_prompts
+from maspo_ray.data.prompts import load_prompts, load_run_prompts
+from maspo_ray.data.run_rows import RunRows
 from maspo_ray.data.sources import SourceRows, read_source
 from maspo_ray.data.vocabulary import nameless_ids
 from maspo_ray.errors import ConfigError
@@ -249,3 +250,32 @@ def test_load_prompts_all_too_long_says_how_long_the_shortest_is(tmp_path: Path)
     assert str(caught.value) == (
         "data.max_prompt_tokens is 2; every prompt of data.eval is longer, the shortest has 3 tokens. Raise it."
     )
+
+
+def test_load_run_prompts_of_a_mix_keeps_its_sources_apart_and_the_held_out_rows(tmp_path: Path) -> None:
+    _jsonl(tmp_path, {"prompt": "ab", "answer": "1"}, {"prompt": " ", "answer": "2"}, {"prompt": "c", "answer": "3"})
+    (tmp_path / "other.csv").write_text("prompt,answer\nabcdef,4\ng,5\n")
+    lines = {"kind": "jsonl", "path": str(tmp_path / "rows.jsonl")}
+    sources = {"lines": lines, "table": {"kind": "csv", "path": str(tmp_path / "other.csv")}}
+    data = DataConfig.model_validate(
+        {
+            "train": {"kind": "mix", "sources": sources},
+            "eval": lines | {"limit": 1},
+            "on_bad_row": "skip",
+            "chat_template": False,
+            "max_prompt_tokens": 3,
+        }
+    )
+    rows = RunRows(data)
+    rows.read_all()
+    prompts = load_run_prompts(rows, data, _tokenizer())
+    assert {name: [prompt.prompt_id for prompt in own] for name, own in prompts.train.items()} == {
+        "lines": ["train/lines/0", "train/lines/2"],
+        "table": ["train/table/1"],
+    }
+    assert {prompt.source for prompt in prompts.train["table"]} == {"table"}
+    assert [(prompt.prompt_id, prompt.source) for prompt in prompts.held_out] == [("eval/0", "")]
+    assert [(row["row"], row["cause"]) for row in rows.left_out()] == [
+        ("line 2", "has a prompt without text"),
+        ("line 2", "has 6 tokens, more than data.max_prompt_tokens (3)"),
+    ]
