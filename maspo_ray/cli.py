@@ -1,4 +1,4 @@
-"""`maspo train | check | replay`.
+"""`maspo train | check | replay | docs`.
 
 Promise: bad input is one line on standard error and exit code 2, before an actor is started; a run that fails says why and exits
 with 1, one that was interrupted with 130. What the framework logs, from INFO on, is shown on standard error while a command runs; the
@@ -11,10 +11,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from maspo_ray.config import load_config
+from maspo_ray.config.page import config_page, section_lines
 from maspo_ray.errors import ConfigError, RunError
 from maspo_ray.stop_signals import EXIT_CODE, stop_signals
 from maspo_ray.terminal import patient_streams
@@ -24,36 +26,16 @@ _EXIT_FAILED, _EXIT_BAD_INPUT, _EXIT_INTERRUPTED = 1, 2, EXIT_CODE
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="maspo", description="Reinforcement learning with verifiable rewards on Ray: MASPO, asynchronous."
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (
-        ("train", "train; any key of the config can follow as --section.key value"),
-        ("check", "validate a config, print it resolved and where its actors would run; starts nothing"),
-    ):
-        command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("config", help="YAML file")
-        if name == "train":
-            command.add_argument("--resume", action="store_true", help="go on with the run in run_dir")
-    text = (
-        "make a step of a run again and compare what comes of it; keys of its config can follow as --section.key value"
-    )
-    command = commands.add_parser("replay", help=text, description=text)
-    command.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="folder of the run")
-    command.add_argument(
-        "--step", type=int, required=True, help="the step to replay; the run must have saved a model after it"
-    )
-    command.add_argument(
-        "--start", type=int, help="begin after this step, 0 being the start; by default the last that can be"
-    )
-    options, overrides = parser.parse_known_args(arguments)
+    options, overrides = _parser().parse_known_args(arguments)
     with patient_streams(), stop_signals(exits=True):
         return _run(options, overrides)
 
 
 def _run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Runs the command that the options name; returns the exit code, having said why it is not 0."""
+    if options.command == "docs":
+        print(config_page(), end="")
+        return 0
     try:
         with _messages_shown():
             if options.command == "check":
@@ -72,6 +54,39 @@ def _run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted before anything was saved", file=sys.stderr)
         return _EXIT_INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    epilog = "\n".join(["sections of a config (all their keys: maspo docs config):", *section_lines()])
+    layout: dict[str, Any] = {"epilog": epilog, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(
+        prog="maspo",
+        description="Reinforcement learning with verifiable rewards on Ray: MASPO, asynchronous.",
+        **layout,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("train", "train; any key of the config can follow as --section.key value"),
+        ("check", "validate a config, print it resolved and where its actors would run; starts nothing"),
+    ):
+        command = commands.add_parser(name, help=text, description=text, **layout)
+        command.add_argument("config", help="YAML file")
+        if name == "train":
+            command.add_argument("--resume", action="store_true", help="go on with the run in run_dir")
+    text = (
+        "make a step of a run again and compare what comes of it; keys of its config can follow as --section.key value"
+    )
+    command = commands.add_parser("replay", help=text, description=text)
+    command.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="folder of the run")
+    command.add_argument(
+        "--step", type=int, required=True, help="the step to replay; the run must have saved a model after it"
+    )
+    command.add_argument(
+        "--start", type=int, help="begin after this step, 0 being the start; by default the last that can be"
+    )
+    text = "print a page in Markdown: every key of the config, its type, default and meaning"
+    commands.add_parser("docs", help=text, description=text).add_argument("page", choices=["config"])
+    return parser
 
 
 class _StandardError(logging.Handler):

@@ -15,6 +15,7 @@ from maspo_ray.config.data import (
     SavedSource,
     TableSource,
 )
+from maspo_ray.config.learner import LearnerConfig, LoraConfig
 from maspo_ray.config.objective import AdvantageConfig, GrpoConfig, KLConfig, MaspoConfig, ObjectiveConfig
 from maspo_ray.config.output import CheckpointConfig, LoggingConfig
 from maspo_ray.config.placement import PlacementConfig
@@ -23,8 +24,6 @@ from maspo_ray.config.sections import (
     Dtype,
     EvalConfig,
     LatePolicyConfig,
-    LearnerConfig,
-    LoraConfig,
     ModelConfig,
     OverlongConfig,
     PipelineConfig,

@@ -73,7 +73,9 @@ class HuggingFaceSource(TableSource):
     name: str
     """`org/name`, or a folder's path."""
     subset: str | None = None
+    """Name of the dataset's configuration, where it has several."""
     split: str = "train"
+    """Of the dataset."""
 
 
 class ReasoningGymSource(Section):
@@ -81,7 +83,9 @@ class ReasoningGymSource(Section):
     task: str
     """Name of a reasoning-gym dataset, e.g. `chain_sum`."""
     size: int = Field(1000, ge=1)
-    seed: int = 0
+    """Questions to generate."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Of their generation."""
     args: dict[str, Any] = {}
     """Passed to `reasoning_gym.create_dataset`."""
     suffix: str = ""
@@ -141,8 +145,9 @@ class SamplerConfig(PluginConfig):
 
 class DataConfig(Section):
     train: TrainSource
+    """Where training prompts come from: `kind` and its keys."""
     eval: DataSource | None = None
-    """Held-out prompts; without them no evaluation is run."""
+    """Held-out prompts, of the kinds that `data.train` has but for `mix`; without them no evaluation is run."""
     on_bad_row: Literal["refuse", "skip"] = "refuse"
     """What becomes of rows that cannot become prompts: the run is refused with the first one's place and cause, or they are left out,
     counted and listed in RUN_DIR/left_out.jsonl."""
@@ -151,9 +156,11 @@ class DataConfig(Section):
     template_name: str | None = None
     """Which of a tokenizer's chat templates, where it has several; by default the one called `default`."""
     system_prompt: str | None = None
+    """Set before each prompt by the chat template."""
     max_prompt_tokens: int = Field(1024, ge=1)
     """Longer prompts are left out, counted and listed in RUN_DIR/left_out.jsonl."""
     shuffle: bool = True
+    """Draw training prompts in an order that the seed and the epoch decide, else in the data's."""
     sampler: SamplerConfig = SamplerConfig()
     """What decides which training prompt comes next; of a mix each source has one of its own."""
 

@@ -26,13 +26,19 @@ class MaspoConfig(_GateConfig):
 
     kind: Literal["maspo"] = "maspo"
     sigma_base: float = Field(1.0, gt=0)
+    """Least width σ of the gate, in units of the ratio."""
     alpha: float = Field(0.3, ge=0)
     """0.5 suits models of 1.5B parameters and fewer."""
     sigma_max: float = Field(10.0, gt=0)
+    """Largest width, of rare tokens."""
     beta_pos: float = Field(0.03, ge=0)
+    """How much a positive advantage widens the gate: by the factor 1 + β Â."""
     beta_neg: float = Field(0.03, ge=0)
+    """How much a negative advantage narrows it: by the factor 1 / (1 − β Â)."""
     risk_min: float = Field(0.1, gt=0)
+    """Lower bound of these two factors."""
     risk_max: float = Field(10.0, gt=0)
+    """Upper bound of these two factors."""
 
     @model_validator(mode="after")
     def _ordered_bounds(self) -> Self:
@@ -50,6 +56,7 @@ class GrpoConfig(_GateConfig):
 
     kind: Literal["grpo"] = "grpo"
     epsilon: float = Field(0.2, gt=0, lt=1)
+    """The ratio is clipped to 1 ± this."""
 
 
 ObjectiveConfig = Annotated[MaspoConfig | GrpoConfig, Field(discriminator="kind")]
@@ -57,9 +64,12 @@ ObjectiveConfig = Annotated[MaspoConfig | GrpoConfig, Field(discriminator="kind"
 
 class AdvantageConfig(Section):
     kind: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
+    """What a group's rewards become: minus their mean and over their standard deviation (grpo), minus their mean (dr_grpo), or minus
+    the mean of the others' (rloo)."""
 
 
 class KLConfig(Section):
     coef: float = Field(0.0, ge=0)
     """Weight of the KL to the reference policy in the loss; the reference actors start only above 0."""
     estimator: Literal["k1", "k2", "k3"] = "k3"
+    """−log r (k1), ½ (log r)² (k2) or r − 1 − log r (k3), where r is the reference's probability of a token over the learner's."""

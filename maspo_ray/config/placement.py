@@ -12,7 +12,9 @@ class PlacementConfig(Section):
     nodes: int | None = Field(None, ge=1)
     """Nodes that `maspo check` plans for; by default this machine. A run plans for the cluster that it finds."""
     gpus_per_node: float = Field(0.0, ge=0)
+    """Of the nodes that `maspo check` plans for."""
     cpus_per_node: float | None = Field(None, gt=0)
+    """Of the nodes that `maspo check` plans for; by default this machine's, and of `nodes` as many as are asked for."""
     gpu_memory_gib: float | None = Field(None, gt=0)
     """Memory of one GPU, which `maspo check` holds its estimate against; by default what this machine's say, where `nodes` is left out."""
     memory_gib_per_node: float | None = Field(None, gt=0)

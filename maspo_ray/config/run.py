@@ -16,12 +16,12 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from maspo_ray.config.data import DataConfig
 from maspo_ray.config.faults import describe_flag_error, describe_repeated_flags, describe_validation_errors
+from maspo_ray.config.learner import LearnerConfig
 from maspo_ray.config.objective import AdvantageConfig, KLConfig, MaspoConfig, ObjectiveConfig
 from maspo_ray.config.output import CheckpointConfig, LoggingConfig
 from maspo_ray.config.placement import PlacementConfig
 from maspo_ray.config.sections import (
     EvalConfig,
-    LearnerConfig,
     ModelConfig,
     PipelineConfig,
     ReferenceConfig,
@@ -37,20 +37,35 @@ _log = logging.getLogger(__name__)
 
 class RunConfig(Section):
     model: ModelConfig
+    """The model that is trained."""
     data: DataConfig
+    """Where prompts come from and what is made of them."""
     rollout: RolloutConfig = RolloutConfig()
+    """Rollout actors: how completions are sampled, and by which engine."""
     reward: RewardConfig = RewardConfig()
+    """Reward actors: what scores a completion."""
     reference: ReferenceConfig = ReferenceConfig()
+    """Reference actors, started only if `kl.coef` is above 0."""
     learner: LearnerConfig = LearnerConfig()
+    """The learner's ranks: optimizer, sharding, micro-batches."""
     objective: ObjectiveConfig = MaspoConfig()
+    """The loss of a token."""
     advantage: AdvantageConfig = AdvantageConfig()
+    """What a group's rewards say of each completion."""
     kl: KLConfig = KLConfig()
+    """The KL to the reference policy."""
     pipeline: PipelineConfig = PipelineConfig()
+    """Steps, batches, staleness, filters, deadlines."""
     placement: PlacementConfig = PlacementConfig()
+    """Nodes, and the Ray that the run uses."""
     eval: EvalConfig = EvalConfig()
+    """Held-out evaluations."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """What is saved when."""
     logging: LoggingConfig = LoggingConfig()
-    seed: int = Field(0, ge=0)
+    """What a run writes and shows."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Of the run: data order, sampling, weights that are made anew."""
     run_dir: Path = Path("runs/maspo")
     """Must not hold another run."""
 

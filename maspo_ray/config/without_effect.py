@@ -11,8 +11,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from maspo_ray.config.learner import LearnerConfig
 from maspo_ray.config.run import RunConfig
-from maspo_ray.config.sections import LearnerConfig, RoleConfig
+from maspo_ray.config.sections import (
+    RoleConfig,
+)
 
 _log = logging.getLogger(__name__)
 
