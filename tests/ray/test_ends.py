@@ -3,6 +3,7 @@ own, so that what is waited for is Ray and the run and not a model."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,8 +68,8 @@ class Engine:
 
 
 class Learner:
-    def __init__(self, *, save_s=0.0, **given):
-        self._save_s = save_s
+    def __init__(self, *, save_s=0.0, fails_at=None, **given):
+        self._save_s, self._fails_at = save_s, fails_at
 
     def rendezvous(self):
         return "127.0.0.1", 1
@@ -78,6 +79,8 @@ class Learner:
 
     def train_step(self, version, plans, *payloads):
         time.sleep(0.1)
+        if version == self._fails_at:
+            raise OSError(28, "No space left on device")
         metrics = {"tokens/trained": 16.0, "learner/skipped": 0.0}
         return [UpdateReport(metrics, True, (), {0: Parity(0.0, 0.0, 16)}) for _ in plans]
 
@@ -97,7 +100,7 @@ class Learner:
         return PublishReport(0.0, ((0.0, 0.0),) * len(replicas))
 
     def save(self, folder):
-        Path(folder).mkdir()
+        Path(folder).mkdir(parents=True)
         Path(folder, "config.json").write_text("{}")
         time.sleep(self._save_s)
         Path(folder, "model.safetensors").write_text("all of it")
@@ -251,7 +254,7 @@ def _assert_nothing_is_left(run: Run) -> None:
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 MOMENTS = {"begun": _has_begun, "ray": _starts_ray, "trains": _trains, "saves": _saves}
 TARGETS = {"driver": _to_driver, "group": _to_group, "all": _to_all}
-QUICK = {("trains", "all", signal.SIGTERM), ("ray", "group", signal.SIGHUP)}
+QUICK = {("trains", "all", signal.SIGTERM)}
 
 
 @pytest.mark.parametrize(
@@ -295,6 +298,23 @@ def test_signal_ends_a_run_whole_and_leaves_nothing(
     assert not (run.folder / "run" / "final").exists()
 
 
+def test_failure_leaves_a_summary_with_its_cause_and_all_that_was_made(start: Callable[..., Run]) -> None:
+    run = start("--learner.args", '{"fails_at": 2}', "--checkpoint.every", "2")
+    out, err, _ = run.end()
+    cause = "learner/0 failed while training: OSError: [Errno 28] No space left on device"
+    assert run.process.returncode == 1, (out, err)
+    assert err.startswith(f"error: {cause}") and "Traceback" not in err
+    assert "Run failed after 2 steps" in err and "checkpoints/step_000002" in err and "curves.png" in err
+    summary = run.summary()
+    assert str(summary["failure"]).startswith(cause)
+    assert (summary["steps"], summary["interrupted"]) == (2, False)
+    assert run.processes() == []
+    kept = err.split("the actors' logs are in ")[1].split("/session_latest")[0]
+    assert Path(kept, "session_latest", "logs").is_dir() and not Path(kept, "t").exists()
+    shutil.rmtree(kept)
+
+
+@pytest.mark.slow
 def test_driver_that_is_killed_leaves_no_process(start: Callable[..., Run]) -> None:
     run = start()
     run.await_moment(_trains)
