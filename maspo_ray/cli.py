@@ -115,7 +115,7 @@ def _messages_shown() -> Iterator[None]:
 
 def _check(path: str, overrides: Sequence[str]) -> int:
     from maspo_ray.config.without_effect import warn_of_keys_without_effect
-    from maspo_ray.dtype_speed import warn_of_slow_bfloat16
+    from maspo_ray.dtype_speed import hint_at_slow_bfloat16
     from maspo_ray.fleet.loading import load_plugins
     from maspo_ray.fleet.memory import say_what_they_take
     from maspo_ray.fleet.placement import config_nodes, demands, plan
@@ -127,7 +127,7 @@ def _check(path: str, overrides: Sequence[str]) -> int:
     rows = preflight(config, resume=False)
     rows.check_answers(load_plugins(config).check_answer, config.reward.actor)
     rows.warn()
-    warn_of_slow_bfloat16(config.model, config.learner)
+    hint_at_slow_bfloat16(config.model, config.learner)
     say_what_the_ratio_leaves_out(config.rollout)
     planned = plan(demands(config), config_nodes(config.placement))
     print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))

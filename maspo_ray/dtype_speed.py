@@ -5,7 +5,9 @@ bfloat16 instructions, but without AMX, a product takes about twice as long in b
 """
 
 import logging
+import re
 from collections.abc import Callable
+from pathlib import Path
 from time import perf_counter
 
 from maspo_ray.config import LearnerConfig, ModelConfig
@@ -25,6 +27,21 @@ def warn_of_slow_bfloat16(model: ModelConfig, learner: LearnerConfig) -> None:
         _log.warning(
             "model.dtype is bfloat16; on this machine's CPU its matrix products take %.1f times as long as float32's. Set it to float32.",
             slowdown,
+        )
+
+
+def hint_at_slow_bfloat16(model: ModelConfig, learner: LearnerConfig, cpuinfo: Path = Path("/proc/cpuinfo")) -> None:
+    """Warns as `warn_of_slow_bfloat16` does, by the CPU's flags in place of a measurement, which would have `maspo check` wait for torch."""
+    if model.dtype != "bfloat16" or learner.gpus > 0:
+        return
+    try:
+        flags = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)
+    except OSError:
+        return
+    if flags is not None and "amx_bf16" not in flags.group(1).split():
+        _log.warning(
+            "model.dtype is bfloat16; this machine's CPU has no AMX, without which float32 is faster as a rule: a run measures it at its "
+            "start. Set it to float32."
         )
 
 

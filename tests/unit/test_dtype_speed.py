@@ -2,6 +2,7 @@
 
 import logging
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from maspo_ray import dtype_speed
 from maspo_ray.config import LearnerConfig, ModelConfig
-from maspo_ray.dtype_speed import bfloat16_slowdown, times_as_long, warn_of_slow_bfloat16
+from maspo_ray.dtype_speed import bfloat16_slowdown, hint_at_slow_bfloat16, times_as_long, warn_of_slow_bfloat16
 
 
 def test_times_as_long_calls_both_in_turn_and_compares_the_least() -> None:
@@ -69,3 +70,32 @@ def test_warning_is_for_a_learner_on_a_cpu_that_is_slower_in_bfloat16(
     assert [message[: len(warning or "")] for message in messages] == ([warning] if warning else [])
     # Where the answer does not matter, torch is not imported for it.
     assert len(asked) == (dtype == "bfloat16" and gpus == 0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype", "gpus", "said"),
+    [
+        ("fpu avx2", "bfloat16", 0, True),
+        ("fpu avx512_bf16 amx_tile", "bfloat16", 0, True),
+        ("fpu amx_bf16 amx_tile", "bfloat16", 0, False),
+        ("fpu avx2", "float32", 0, False),
+        ("fpu avx2", "bfloat16", 1, False),
+    ],
+)
+def test_hint_of_check_goes_by_the_flags_of_the_cpu(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, flags: str, dtype: Any, gpus: float, said: bool
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\nbugs\t\t: none\n")
+    hint_at_slow_bfloat16(ModelConfig(path="org/m", dtype=dtype), LearnerConfig(gpus=gpus), tmp_path / "cpuinfo")
+    assert [line.startswith("model.dtype is bfloat16; this machine's CPU has no AMX") for line in caplog.messages] == [
+        True
+    ] * said
+
+
+def test_hint_of_check_is_left_out_where_the_machine_tells_no_flags(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    hint_at_slow_bfloat16(ModelConfig(path="org/m", dtype="bfloat16"), LearnerConfig(), tmp_path / "nothing")
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nBogoMIPS\t: 50.00\nFeatures\t: fp asimd bf16\n")
+    hint_at_slow_bfloat16(ModelConfig(path="org/m", dtype="bfloat16"), LearnerConfig(), tmp_path / "cpuinfo")
+    assert caplog.messages == []

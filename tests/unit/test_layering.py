@@ -219,3 +219,21 @@ def _cheap_actor_modules() -> list[str]:
 def test_actor_module_loads_no_engine_until_setup(module: str) -> None:
     # The driver and `maspo check` import every actor's module to look at its class.
     assert _loaded_by(module, [*ENGINES, "math_verify", "reasoning_gym"]) == []
+
+
+@pytest.mark.parametrize("flags", [[], ["--model.dtype", "bfloat16"]])
+def test_check_answers_without_an_engine(tmp_path: Path, flags: list[str]) -> None:
+    # An import of torch alone takes seconds, in which `maspo check` has answered.
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text('{"head_dim": 32}')
+    (tmp_path / "model/tokenizer.json").write_text("{}")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    config = "model: {path: model, dtype: float32}\ndata: {train: {kind: jsonl, path: rows.jsonl}}\nplacement: {cpus_per_node: 9}\n"
+    (tmp_path / "run.yaml").write_text(config)
+    arguments = ["check", "run.yaml", *flags]
+    program = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from maspo_ray.cli import main; code = main({arguments!r}); "
+        f"sys.exit(code or ' '.join(n for n in {[*ENGINES, 'ray']!r} if n in sys.modules) or None)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
