@@ -1,10 +1,9 @@
-"""Tables that `datasets` reads → records: Parquet files, what `save_to_disk` wrote, datasets of the hub.
+"""Tables → records: Parquet files, what `save_to_disk` of `datasets` wrote, datasets of the hub.
 
-Promise: a record has a value for each column, of Python's own types; whatever `datasets` raises is a `ConfigError` of one line. The library
-takes most of a second to import, so that happens only where a table is read.
+Promise: a record has a value for each column, of Python's own types; a table that cannot be read is a `ConfigError` of one line. `datasets`
+takes a second or more to import, so that happens only where it is needed.
 """
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,23 +32,22 @@ def hub_records(source: HuggingFaceSource, where: str) -> Records:
 
 
 def parquet_records(files: list[Path], where: str) -> Records:
-    from datasets import load_dataset
+    """Returns the records of Parquet files, each with the columns that it has."""
+    # By pyarrow, as `datasets` does: alone it loads at once, and keeps no copy of a file in a cache.
+    from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
-    paths = [str(file) for file in files]
-    # In a cache of its own: the default one would keep a second copy of each file for good.
-    with (
-        tempfile.TemporaryDirectory(prefix="maspo-data-") as cache,
-        _quiet(),
-        _one_line(where, "Give Parquet files, of the same columns where there are several"),
-    ):
-        counts = [ParquetFile(path).metadata.num_rows for path in paths]
-        # Of a file without rows datasets 5.2.0 says that its batch size must be greater than 0.
-        filled = [path for path, count in zip(paths, counts, strict=True) if count]
-        records = load_dataset("parquet", data_files=filled, split="train", cache_dir=cache).to_list() if filled else []
-    places = ((file, index) for file, count in zip(files, counts, strict=True) for index in range(count))
-    for (file, index), record in zip(places, records, strict=True):
-        yield (f"{file}, row {index}" if len(files) > 1 else f"row {index}"), record
+    for file in files:
+        prefix = f"{file}, " if len(files) > 1 else ""
+        try:
+            with ParquetFile(file) as opened:
+                records = opened.read().to_pylist()
+        except (ArrowException, OSError) as error:
+            shown = file if len(files) > 1 else "the file"
+            cause = " ".join(str(error).split())
+            raise ConfigError(f"{where}; {shown} cannot be read ({cause}). Give Parquet files.") from None
+        for index, record in enumerate(records):
+            yield f"{prefix}row {index}", record
 
 
 def saved_records(source: SavedSource, where: str) -> Records:
@@ -92,20 +90,3 @@ def _one_line(where: str, remedy: str) -> Iterator[None]:
         root = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
         cause = " ".join(f"{type(root).__name__}: {root}".split())
         raise ConfigError(f"{where}; loading it fails: {cause}. {remedy}.") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Within, `datasets` shows no progress bars, since there is nothing to download, and does not log what it raises."""
-    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-    from datasets.utils.logging import CRITICAL, get_verbosity, set_verbosity
-
-    shown, verbosity = not are_progress_bars_disabled(), get_verbosity()
-    disable_progress_bars()
-    set_verbosity(CRITICAL)
-    try:
-        yield
-    finally:
-        set_verbosity(verbosity)
-        if shown:
-            enable_progress_bars()
