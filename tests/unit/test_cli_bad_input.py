@@ -70,8 +70,10 @@ def _write_model(folder: Path, head_size: int, tokenizer: bool = True) -> None:
 
 
 def _write_tokenizer(folder: Path, unknown: str = "=") -> None:
-    """Writes a tokenizer that can be loaded: prompts are tokenised before Ray is asked for anything."""
+    """Writes a tokenizer and a config that can be loaded: prompts are tokenised before Ray is asked for anything."""
     vocabulary = {letter: i for i, letter in enumerate("0123456789+=")}
+    tree = {"model_type": "llama", "hidden_size": 128, "num_attention_heads": 4, "vocab_size": len(vocabulary)}
+    (folder / "config.json").write_text(json.dumps(tree))
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
@@ -183,7 +185,7 @@ def test_tokenizer_that_cannot_be_loaded_is_one_line_and_starts_nothing(
 ) -> None:
     before = _contents(folder)
     assert main(["train", "run.yaml"]) == 2
-    _assert_one_error_line(capsys.readouterr().err, "model.path is model; its tokenizer cannot be loaded (")
+    _assert_one_error_line(capsys.readouterr().err, "model.path is model; its tokenizer cannot be read (")
     assert _contents(folder) == before and not ray.is_initialized()
 
 
