@@ -1,8 +1,14 @@
 """A Ray of the run's own: its logs stay where an error may have begun in an actor, and only there."""
 
 import asyncio
+import os
 import shutil
+import socket
+import subprocess
 import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +78,70 @@ def test_actor_that_ray_ends_to_save_memory_is_gone_in_one_line(monkeypatch: pyt
     line = str(raised.value)
     assert line.startswith("rollout/0 was lost while generating: ") and "memory" in line and "\n" not in line
     shutil.rmtree(Path(raised.value.__notes__[0].removeprefix("the actors' logs are in ")).parents[1])
+
+
+def _refused(address: str, wait_s: float = 2.0) -> str:
+    with pytest.raises(ConfigError) as raised, connected(PlacementConfig(address=address, wait_s=wait_s)):
+        pass
+    assert not ray.is_initialized()
+    [line] = str(raised.value).splitlines()
+    return line
+
+
+def test_address_where_nothing_answers_is_one_line_at_once() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+        for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
+            started = time.monotonic()
+            line = _refused(address)
+            assert time.monotonic() - started < 3
+            assert line.startswith(
+                f"placement.address is {address}; nothing answers there within placement.wait_s (2 s: [Errno 111]"
+            )
+    assert "no Ray can be reached there (Invalid address format: rubbish)" in _refused("rubbish")
+    assert "nothing answers there" in _refused("no-such-host.invalid:6379")
+
+
+def test_address_where_something_else_answers_is_one_line() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        line = _refused(f"127.0.0.1:{server.server_port}")
+        server.shutdown()
+    assert "what answers there is no Ray that can be used (" in line
+
+
+def test_own_ray_refuses_others_tokens_writes_nothing_at_home_and_spares_the_callers_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    # Where nothing can be written.
+    monkeypatch.setenv("HOME", "/proc/nobody")
+    before = subprocess.Popen(["sleep", "60"])
+    with connected(PLACEMENT):
+        during = subprocess.Popen(["sleep", "60"])
+        address = ray.get_runtime_context().gcs_address
+        other = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
+        program = (
+            "import sys\nfrom maspo_ray.config import PlacementConfig\nfrom maspo_ray.fleet.ray_session import connected\n"
+            "with connected(PlacementConfig(address=sys.argv[1], wait_s=5)): pass"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program, address],
+            env={**os.environ, **other},
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert done.stderr.splitlines()[-1] == (
+        f"maspo_ray.errors.ConfigError: placement.address is {address}; its Ray refuses this process's token. "
+        "Give the cluster's in RAY_AUTH_TOKEN, with RAY_AUTH_MODE=token."
+    )
+    assert "gcs_client" not in done.stderr
+    assert "RAY_AUTH_TOKEN" not in os.environ
+    for process in (before, during):
+        assert process.poll() is None
+        process.kill()
+        process.wait()
