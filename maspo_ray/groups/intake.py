@@ -7,6 +7,7 @@ and no actors.
 
 from collections.abc import Callable, Sequence
 
+from maspo_ray.errors import RunError
 from maspo_ray.experience import Experience, Group
 from maspo_ray.groups.buffer import ReadyBuffer
 from maspo_ray.groups.ledger import GroupLedger, GroupOutcome
@@ -132,10 +133,20 @@ class Intake:
             self._end(experience.group, GroupOutcome.FAILED, cause="its update was left out")
 
     def close(self) -> None:
-        """Ends what has not ended; then every group has, once."""
+        """Ends what has not ended; then every group has, once.
+
+        Raises:
+            RunError: a row cannot be written.
+        """
+        unwritten: RunError | None = None
         for group_id in self._ledger.open_ids:
-            self._ledger.end(group_id, GroupOutcome.FAILED, cause="the run ended")
+            try:
+                self._ledger.end(group_id, GroupOutcome.FAILED, cause="the run ended")
+            except RunError as error:
+                unwritten = unwritten or error
         self._ledger.check_balanced()
+        if unwritten is not None:
+            raise unwritten
 
     def lags(self, batch: Sequence[Experience]) -> list[int]:
         """Returns how many versions behind the oldest token of each is."""

@@ -1,7 +1,7 @@
 """Every group's life, exactly once.
 
-Promise: a group that was submitted ends once, as trained, filtered, stale or failed, with one row for it; at the end of a run
-the counts add up or `check_balanced` says which groups do not. Ids are given one after the other, so that only the open groups
+Promise: a group that was submitted ends once, as trained, filtered, stale or failed, with one row for it if the sink takes it;
+at the end of a run the counts add up or `check_balanced` says which groups do not. Ids are given one after the other, so that only the open groups
 need be kept: any other id below the next is that of a group that has ended. Owns no file: rows go to a sink.
 """
 
@@ -91,9 +91,10 @@ class GroupLedger:
         }
         if cause is not None:
             row["cause"] = cause
-        self._sink(row)
+        # The life has ended, whether or not its row can be written.
         del self._open[group_id]
         self._ends[outcome] += 1
+        self._sink(row)
 
     def check_balanced(self) -> None:
         """Asserts that every submitted group has ended, once."""

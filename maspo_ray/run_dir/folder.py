@@ -3,6 +3,7 @@
 Promise: a line is on its way to the disk when it is written; the folder's columns are those of the design. Decides nothing.
 """
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -25,6 +26,9 @@ from maspo_ray.run_dir.sinks import (
 from maspo_ray.run_dir.summary import RunSummary
 from maspo_ray.run_dir.timeline import TraceWriter
 
+_ROOM_BYTES = 256 * 2**10
+"""Kept free for the summary and the curves of a run that a full disk ends."""
+
 
 class RunFiles(RunPaths):
     """The open files of one run.
@@ -35,6 +39,7 @@ class RunFiles(RunPaths):
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config.run_dir)
+        self._room = self.path / ".room"
         try:
             self._open(config)
         except OSError as error:
@@ -54,6 +59,8 @@ class RunFiles(RunPaths):
         # Last: by these two a folder is known to hold a run.
         self._metrics.append(JsonlSink(self.metrics))
         self.config.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        # Not zeros, which some file systems would keep nowhere.
+        self._room.write_bytes(os.urandom(_ROOM_BYTES))
 
     def write_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         for sink in self._metrics:
@@ -106,3 +113,4 @@ class RunFiles(RunPaths):
             if file is not None:
                 with suppress(OSError, RunError):
                     file.close()
+        self._room.unlink(missing_ok=True)

@@ -30,12 +30,13 @@ _FILES = (
     "eval.jsonl",
     "notes.jsonl",
     "left_out.jsonl",
+    ".room",
     "timeline.json",
     "summary.json",
     "curves.png",
 )
 _WRITTEN = (*_FILES, "tensorboard", "steps", "checkpoints")
-_PARTIAL = (".*.partial", "checkpoints/.*")
+_PARTIAL = (".*.partial", "checkpoints/.*", "steps/*.partial")
 
 
 def check_run_dir(run_dir: Path, resume: bool) -> None:

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from bench.simulated import simulated_config
+from maspo_ray.run_dir.folder import RunFiles
+
 LIMITED = """
 import resource, sys
 from pathlib import Path
@@ -92,3 +95,10 @@ def test_output_that_nobody_takes_ends_nothing() -> None:
         process.stdin.close()
         assert process.wait(60) == 0
         assert process.stderr.read() == b""
+
+
+def test_room_for_the_summary_is_free_once_the_files_are_closed(tmp_path: Path) -> None:
+    files = RunFiles(simulated_config(tmp_path))
+    assert (tmp_path / ".room").stat().st_size > 200_000
+    files.close()
+    assert not (tmp_path / ".room").exists()
