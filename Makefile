@@ -1,13 +1,13 @@
 # `make quickstart` and `make test` set up what they need, on a fresh machine too.
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
 BIN := $(VENV)/bin
 # PyTorch's own index of CPU builds, asked for torch alone, where pip does not know a CPU build by itself.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 # Installs all but torch where it is there; `make setup UV=` takes pip.
 UV ?= $(shell command -v uv)
 
-.PHONY: setup quickstart smollm2 test test-slow check format lock clean
+.PHONY: setup quickstart smollm2 test test-slow test-pythons check format lock clean
 
 setup: $(VENV)/installed
 
@@ -29,6 +29,14 @@ test: setup check
 # What `make test` leaves out, so that it stays within minutes.
 test-slow: setup
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+# The unit part on each Python that the locks are for and that is here, in an environment of its own.
+test-pythons:
+	@for version in 3.11 3.12 3.13; do \
+	  if ! python$$version -c "" 2> /dev/null; then echo "python$$version is not here"; continue; fi; \
+	  $(MAKE) setup VENV=.venv-$$version PYTHON=python$$version \
+	    && .venv-$$version/bin/python -m pytest tests/unit -m "not engine and not ray and not slow" $(ARGS) || exit 1; \
+	done
 
 check: setup
 	$(BIN)/ruff check .

@@ -17,6 +17,9 @@ from maspo_ray.config import ModelConfig, RolloutConfig
 from maspo_ray.experience import Completion, Sampling, VersionSpan
 from maspo_ray.weight_sync import backend_for
 
+_BATCHED_TOKENS = 2048
+"""Tokens that vLLM 0.32 computes at once by default (`SchedulerConfig.DEFAULT_MAX_NUM_BATCHED_TOKENS`)."""
+
 
 def engine_arguments(model: ModelConfig, rollout: RolloutConfig, max_model_tokens: int, seed: int) -> dict[str, Any]:
     """Returns the keyword arguments of vLLM's `AsyncEngineArgs`; `rollout.engine` has the last word."""
@@ -49,6 +52,9 @@ def engine_arguments(model: ModelConfig, rollout: RolloutConfig, max_model_token
         arguments["enforce_eager"] = True
         # vLLM's CPU default is 128: the samples of a prompt share whole blocks of it, and most prompts here are shorter.
         arguments["block_size"] = 32
+    if rollout.max_concurrent_requests > _BATCHED_TOKENS:
+        # It computes at least a token of each request at once, and refuses less.
+        arguments["max_num_batched_tokens"] = rollout.max_concurrent_requests
     return {**arguments, **rollout.engine}
 
 

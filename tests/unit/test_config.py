@@ -237,6 +237,8 @@ def test_batch_and_updates_fit_exactly_if_they_divide_whatever_the_ranks(batch: 
         ({"objective.epsilon": 0.2}, "objective.epsilon is 0.2; another kind has this key. Set objective.kind to that one,"),
         ({"rollout.temperature": 0}, "rollout.temperature is 0; a greedy policy has no log-probs to learn from, so it must be above 0. Set it to 1.0."),
         ({"rollout.temperature": float("nan")}, "rollout.temperature is nan; input should be a finite number."),
+        ({"seed": 2**31}, "seed is 2147483648; input should be less than 2147483648. Change seed."),
+        ({"data.train": {"kind": "reasoning_gym", "task": "gcd", "seed": -1}}, "data.train.seed is -1; input should be greater than or equal to 0. Change data.train.seed."),
         ({"rollout.group_size": 1}, "rollout.group_size is 1; the grpo advantage compares the completions of a group, so it needs at least 2. Set rollout.group_size to 2 or more."),
         ({"rollout.group_size": 1, "advantage.kind": "rloo"}, "rollout.group_size is 1; the rloo advantage"),
         ({"pipeline.max_staleness": -1}, "pipeline.max_staleness is -1; input should be greater than or equal to 0. Change pipeline.max_staleness."),

@@ -63,6 +63,24 @@ def test_engine_arguments_of_the_user_have_the_last_word(gpus: float) -> None:
     assert {name: arguments[name] for name in engine} == engine
 
 
+@pytest.mark.parametrize(("requests", "batched"), [(2048, None), (2049, 2049), (5000, 5000)])
+def test_engine_computes_a_token_of_each_request_at_once_however_many_there_are(
+    requests: int, batched: int | None
+) -> None:
+    assert _arguments(RolloutConfig(max_concurrent_requests=requests)).get("max_num_batched_tokens") == batched
+    own = {"max_num_batched_tokens": 8192}
+    assert _arguments(RolloutConfig(max_concurrent_requests=requests, engine=own))["max_num_batched_tokens"] == 8192
+
+
+@pytest.mark.engine
+def test_engines_default_of_tokens_at_once_is_as_known() -> None:
+    from vllm.config.scheduler import SchedulerConfig
+
+    from actors.vllm_rollout import _BATCHED_TOKENS
+
+    assert SchedulerConfig.DEFAULT_MAX_NUM_BATCHED_TOKENS == _BATCHED_TOKENS
+
+
 def test_cpu_environment_gives_the_engine_its_threads_only() -> None:
     assert cpu_environment(2) == {
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
