@@ -23,12 +23,16 @@ smollm2: setup
 	$(BIN)/python examples/smollm2/prepare.py
 	$(BIN)/maspo train examples/smollm2/run.yaml --run_dir runs/smollm2-$$(date +%Y%m%d-%H%M%S) $(ARGS)
 
+# Test files run side by side: most of their time actors start, on one core each.
+JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
 test: setup check
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 # What `make test` leaves out, so that it stays within minutes.
 test-slow: setup
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 # The unit part on each Python that the locks are for and that is here, in an environment of its own.
 test-pythons:
