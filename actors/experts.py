@@ -23,23 +23,27 @@ _ARGUMENTS = ["gate_logits", "num_experts", "top_k", "attention_mask"]
 
 def routers_of(model: PreTrainedModel) -> dict[str, tuple[torch.nn.Module, int]]:
     """Returns the modules that choose experts, by name, and where in their output the logits of the choice are; none of a dense model."""
+    adapted = [module for module in model.modules() if isinstance(module, LoraLayer)]
     # An adapted module speaks for those inside it.
-    inside = {part for layer in model.modules() if isinstance(layer, LoraLayer) for part in layer.modules()} - {
-        layer for layer in model.modules() if isinstance(layer, LoraLayer)
-    }
+    inside = {part for layer in adapted for part in layer.modules() if part is not layer}
     found = {}
     for prefix, part in model.named_modules():
-        declared = part._can_record_outputs if isinstance(part, PreTrainedModel) else None
-        recorders = (declared or {}).get("router_logits", [])
-        for recorder in recorders if isinstance(recorders, list) else [recorders]:
-            if not isinstance(recorder, OutputRecorder):
-                recorder = OutputRecorder(recorder, index=1)
+        for recorder in _recorders_of(part):
+            place = f".{recorder.layer_name}." if recorder.layer_name else "."
             for name, module in part.named_modules(prefix=prefix):
                 plain = module.get_base_layer() if isinstance(module, LoraLayer) else module
-                placed = recorder.layer_name is None or f".{recorder.layer_name}." in f".{name}."
-                if placed and isinstance(plain, recorder.target_class) and module not in inside:
+                if isinstance(plain, recorder.target_class) and place in f".{name}." and module not in inside:
                     found[name] = (module, recorder.index)
     return found
+
+
+def _recorders_of(part: torch.nn.Module) -> list[OutputRecorder]:
+    """Returns what a model, or a model in it, declares of its routers."""
+    declared = (part._can_record_outputs or {}) if isinstance(part, PreTrainedModel) else {}
+    recorders = declared.get("router_logits", [])
+    recorders = recorders if isinstance(recorders, list) else [recorders]
+    # transformers' own reading of a class alone.
+    return [each if isinstance(each, OutputRecorder) else OutputRecorder(each, index=1) for each in recorders]
 
 
 def freeze_routers(model: PreTrainedModel) -> None:
