@@ -62,7 +62,7 @@ def install(venv: Path, lock: Path, projects: list[str]) -> None:
         f"the other {len(packages) - (torch is not None)} packages of {lock}, with {'uv' if uv else 'pip (a minute or two)'}",
         flush=True,
     )
-    run = Run([*installer, "-r", str(rest)], log)
+    run = Run([*installer, "-r", str(rest)], log, "the first answer")
     if not run.succeeded:
         again = " Without uv: make setup UV=." if uv else ""
         raise SetupError(
@@ -70,7 +70,7 @@ def install(venv: Path, lock: Path, projects: list[str]) -> None:
             f"or the index, then run make setup again, which goes on from here.{again} The whole log is {log}."
         )
     for project in projects:
-        run = Run([*pip, "--no-build-isolation", "--editable", project], log)
+        run = Run([*pip, "--no-build-isolation", "--editable", project], log, project)
         if not run.succeeded:
             raise SetupError(f"{project} is not installed; {run.last_error}. The whole log is {log}.")
 
@@ -78,14 +78,14 @@ def install(venv: Path, lock: Path, projects: list[str]) -> None:
 def _install_torch(pip: list[str], torch: str, index: str, log: Path) -> None:
     """Installs torch from where pip looks by itself, else from PyTorch's index, which is not asked for anything else."""
     print(f"{torch} (about 200 MB), from where pip looks by itself", flush=True)
-    if (first := Run([*pip, torch], log)).succeeded:
+    if (first := Run([*pip, torch], log, torch)).succeeded:
         return
     if not index:
         raise SetupError(
             f"{torch} is not installed; looked for at {first.indexes}: {first.last_error}. Set TORCH_CPU_INDEX."
         )
     print(f"not there; {torch} from {index}", flush=True)
-    second = Run([*pip, "--index-url", index, "--timeout", "30", "--retries", "2", torch], log)
+    second = Run([*pip, "--index-url", index, "--timeout", "30", "--retries", "2", torch], log, f"{torch} from {index}")
     if not second.succeeded:
         raise SetupError(
             f"{torch} is not installed; looked for at {first.indexes} ({first.last_error}) and at {index} ({second.last_error}). Check "
@@ -101,9 +101,9 @@ class Run:
         indexes: where it looked.
     """
 
-    def __init__(self, command: list[str], log: Path) -> None:
+    def __init__(self, command: list[str], log: Path, waits_for: str) -> None:
         self.package, self.indexes, self.last_error = "", "PyPI", _UNKNOWN
-        self._doing, self._answers = "starting", 0
+        self._doing, self._answers = waits_for, 0
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
         )
