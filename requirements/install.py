@@ -149,7 +149,7 @@ class Run:
         if found := re.match(r"(?:ERROR|error|×|cause|  cause):? ?(.*)", line):
             # pip's last line is "No matching distribution"; a cause that it gave before says more.
             if self.last_error != _SILENT and not (self.last_error != _UNKNOWN and "No matching distribution" in line):
-                self.last_error = found.group(1).rstrip(".")[:300]
+                self.last_error = found.group(1).partition(" (from versions")[0].rstrip(".")[:300]
             if named := re.search(r"requirement (\S+)|[Ff]ailed to (?:fetch|download|build) `?([^`\s:]+)", line):
                 self.package = named.group(1) or named.group(2) or self.package
 
