@@ -5,6 +5,7 @@ left alone. Only who holds its token is served, and the token is in no file. Its
 begun in an actor.
 """
 
+import getpass
 import json
 import logging
 import os
@@ -67,6 +68,16 @@ def own_ray(placement: PlacementConfig) -> Iterator[None]:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+def _lasting_caches() -> dict[str, str]:
+    """Returns the environment that keeps what torch compiles from run to run, though the actors' temporary files go with each."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        return {}
+    # As torch 2.13 itself would name it.
+    return {"TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir(), f"torchinductor_{user}"))}
+
+
 def connect(address: str) -> None:
     """Connects this process to a Ray that answers; can be interrupted."""
     # Ray 2.60 has a SIGTERM abort the process, with a trace of its stack.
@@ -107,7 +118,7 @@ class _Guarded:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 # A Ray that lives as long as one run has nothing to report, unless the user says so.
-                env={"RAY_USAGE_STATS_ENABLED": "0", **os.environ},
+                env={"RAY_USAGE_STATS_ENABLED": "0", **_lasting_caches(), **os.environ},
                 start_new_session=True,
             )
 

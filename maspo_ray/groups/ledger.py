@@ -1,8 +1,8 @@
 """Every group's life, exactly once.
 
-Promise: a group that was submitted ends once, as trained, filtered, stale or failed, with one row for it if the sink takes it;
-at the end of a run the counts add up or `check_balanced` says which groups do not. Ids are given one after the other, so that only the open groups
-need be kept: any other id below the next is that of a group that has ended. Owns no file: rows go to a sink.
+Promise: a group that was submitted ends once, as trained, filtered, stale or failed, with one row for it where its sink takes the row; at
+the end of a run the counts add up or `check_balanced` says which groups do not. Ids are given one after the other, so that only the open
+groups need be kept: any other id below the next is that of a group that has ended. Owns no file: rows go to a sink.
 """
 
 from collections.abc import Callable

@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -103,6 +104,7 @@ def test_address_where_nothing_answers_is_one_line_at_once() -> None:
     assert "nothing answers there" in _refused("no-such-host.invalid:6379")
 
 
+@pytest.mark.slow
 def test_address_where_something_else_answers_is_one_line() -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -122,6 +124,10 @@ def test_own_ray_refuses_others_tokens_writes_nothing_at_home_and_spares_the_cal
     with connected(PLACEMENT):
         during = subprocess.Popen(["sleep", "60"])
         address = ray.get_runtime_context().gcs_address
+        where: Any = ray.remote(tempfile.gettempdir).options(num_cpus=0)
+        temp = Path(ray.get(where.remote()))
+        # A name of 36 characters in it is a path that a Unix socket can have.
+        assert temp.is_dir() and temp.parent.name.startswith("maspo-") and len(str(temp)) < 107 - 37
         other = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
         program = (
             "import sys\nfrom maspo_ray.config import PlacementConfig\nfrom maspo_ray.fleet.ray_session import connected\n"
@@ -140,6 +146,7 @@ def test_own_ray_refuses_others_tokens_writes_nothing_at_home_and_spares_the_cal
         "Give the cluster's in RAY_AUTH_TOKEN, with RAY_AUTH_MODE=token."
     )
     assert "gcs_client" not in done.stderr
+    assert not temp.exists()
     assert "RAY_AUTH_TOKEN" not in os.environ
     for process in (before, during):
         assert process.poll() is None
