@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from actors.deepspeed_keys import check_deepspeed_keys
 from maspo_ray.config import KLConfig, LearnerConfig, ModelConfig, ObjectiveConfig
-from maspo_ray.data.tokenizers import load_tokenizer
+from maspo_ray.data.tokenizers import save_tokenizer
 from maspo_ray.errors import ConfigError
 from maspo_ray.experience import PublishReport, UpdateReport
 from maspo_ray.packing import Bundle, RankPlan
@@ -281,7 +281,7 @@ class DeepSpeedLearner:
             return
         model = self._engine.module.model
         model.save_pretrained(folder, state_dict=state)
-        load_tokenizer(self._model_config).save_pretrained(folder)
+        save_tokenizer(self._model_config, Path(folder))
         if adapters:
             from actors.lora import save_adapter
 

@@ -4,8 +4,10 @@ Promise: whoever needs them, for prompts or to save them beside a model, reads t
 cannot be read is one line.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from maspo_ray.config import ModelConfig
@@ -27,6 +29,22 @@ def load_tokenizer(model: ModelConfig) -> "PreTrainedTokenizerBase":
     with _in_one_line(model, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
     return cast("PreTrainedTokenizerBase", tokenizer)
+
+
+def save_tokenizer(model: ModelConfig, folder: Path) -> None:
+    """Writes the tokenizer of a model into a folder, with the code that it is, if it is code of its own.
+
+    Raises:
+        ConfigError: as `load_tokenizer` does.
+    """
+    load_tokenizer(model).save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    tree = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    own_class = tree.get("auto_map", {}).get("AutoTokenizer")
+    if isinstance(own_class, str):
+        # transformers 5.19 reads a slow and a fast class there, but writes the two only of a class whose name has "Tokenizer" in it.
+        tree["auto_map"]["AutoTokenizer"] = [None, own_class]
+        path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
 
 
 def load_model_config(model: ModelConfig) -> "PreTrainedConfig":

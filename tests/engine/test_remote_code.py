@@ -10,7 +10,7 @@ from learners import random_batch, start_learners
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maspo_ray.config import ModelConfig
-from maspo_ray.data.tokenizers import load_model_config, load_tokenizer
+from maspo_ray.data.tokenizers import load_model_config, load_tokenizer, save_tokenizer
 from maspo_ray.errors import ConfigError
 from maspo_ray.packing import pack
 
@@ -77,6 +77,20 @@ def test_tokenizer_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         ConfigError, match=r"^model\.path is .*; its tokenizer cannot be read \([^\n]+\)\. Mend its files\.$"
     ):
         load_tokenizer(ModelConfig(path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["OwnTokenizer", "OwnTok"])
+def test_tokenizer_that_is_saved_is_read_again(own_code: str, tmp_path: Path, name: str) -> None:
+    for file in ("own_tokenizer.py", "tokenizer_config.json"):
+        path = Path(own_code) / file
+        path.write_text(path.read_text().replace("OwnTokenizer", name))
+    save_tokenizer(ModelConfig(path=own_code, trust_remote_code=True), tmp_path / "saved")
+    again = AutoTokenizer.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    assert (
+        type(again).__name__ == name
+        and again("1+2")["input_ids"]
+        == load_tokenizer(ModelConfig(path=own_code, trust_remote_code=True))("1+2")["input_ids"]
+    )
 
 
 @pytest.mark.ray
