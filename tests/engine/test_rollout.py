@@ -161,9 +161,9 @@ def test_publish_keeps_what_running_requests_have_computed(
 ) -> None:
     """What comes after an update is of the new weights over the old cache: not what computing all of it again would give."""
     prompt = make_prompt(*range(3, 8))
-    asked = [_start(engine, prompt, 56, [i]) for i in range(24)]
-    # Once this one is through, those before it have begun.
-    _sample(engine, prompt, n=1, max_new_tokens=1)
+    # Five times as many as the engine has places: whenever the update comes, some are running.
+    asked = [_start(engine, prompt, 56, list(range(8 * i, 8 * i + 8))) for i in range(20)]
+    completions_of(asked[0])
     _perturb(trainer)
     publisher.publish(13)
     completions = [completion for one in asked for completion in completions_of(one)]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from bench.simulated import simulated_config
-from maspo_ray.errors import ConfigError
+from maspo_ray.errors import ConfigError, RunError
 from maspo_ray.run_dir.checkpoint import whole_folder
 from maspo_ray.run_dir.folder import RunFiles
 
@@ -35,3 +35,11 @@ def test_folder_has_its_name_once_it_is_whole(tmp_path: Path) -> None:
     # Nothing is left of the first.
     assert [path.name for path in folder.iterdir()] == ["model"]
     assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_folder_that_was_written_on_another_nodes_disk_is_said(tmp_path: Path) -> None:
+    with (
+        pytest.raises(RunError, match=r"the driver finds nothing\. Take a run_dir that all nodes share"),
+        whole_folder(tmp_path / "final"),
+    ):
+        pass
