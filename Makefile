@@ -23,9 +23,9 @@ smollm2: setup
 	$(BIN)/python examples/smollm2/prepare.py
 	$(BIN)/maspo train examples/smollm2/run.yaml --run_dir runs/smollm2-$$(date +%Y%m%d-%H%M%S) $(ARGS)
 
-# Test files run side by side: most of their time actors start, on one core each.
+# Test files run side by side: most of their time actors start, on one core each. Threads that wait give their core to the others.
 JOBS ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+PYTEST := OMP_WAIT_POLICY=PASSIVE KMP_BLOCKTIME=0 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test: setup check
 	$(PYTEST) $(ARGS)

@@ -186,7 +186,7 @@ def test_submitted_job_trains_with_nothing_but_its_working_directory(
     head: Head, working_directory: Path, tmp_path: Path
 ) -> None:
     prepare = [sys.executable, "examples/quickstart/prepare.py", "--folder", str(tmp_path / "quickstart")]
-    subprocess.run([*prepare, "--max-steps", "30"], cwd=ROOT, check=True, timeout=60, capture_output=True)
+    subprocess.run([*prepare, "--max-steps", "30"], cwd=ROOT, check=True, timeout=150, capture_output=True)
     report = tmp_path / "report.json"
     job = _submit(
         head,
