@@ -105,11 +105,16 @@ def _messages_shown() -> Iterator[None]:
     logger.setLevel(logging.INFO)
     # A handler that some library gave the root logger would show each message once more.
     logger.propagate = False
+    # Of a home that it cannot write its cache to, which changes nothing here, it would say so in two lines.
+    plots = logging.getLogger("matplotlib")
+    plots_before = plots.level
+    plots.setLevel(logging.ERROR)
     try:
         yield
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before[0])
+        plots.setLevel(plots_before)
         logger.propagate = before[1]
 
 

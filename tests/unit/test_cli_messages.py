@@ -1,6 +1,8 @@
 """What a command shows on standard error while it works, and that nothing else is configured for it."""
 
 import logging
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -102,3 +104,16 @@ def test_bfloat16_that_is_slow_is_warned_of_before_a_run_starts_anything(
     monkeypatch.setattr(controller, "load_tokenizer", load_tokenizer)
     with pytest.raises(KeyboardInterrupt):
         controller.train(load_config(config))
+
+
+def test_home_that_cannot_be_written_adds_no_line(config: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": " ", "answer": "2"}\n')
+    done = subprocess.run(
+        [sys.executable, "-m", "maspo_ray", "train", config, "--model.dtype", "float32"],
+        env=os.environ | {"HOME": "/proc/nobody"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if not line.startswith("error: ")] == []
