@@ -1,6 +1,6 @@
 """What Ray raises for an actor → one line with the actor's name.
 
-Promise: every error of Ray's has a place here; none brings a traceback, a second line, or Ray's advice along.
+Promise: every error of Ray's has a place here; none brings a traceback, a second line, or Ray's advice along. An error of the input stays one.
 """
 
 import re
@@ -21,7 +21,7 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from maspo_ray.errors import ActorError, ActorFailed, ActorGone, RunError
+from maspo_ray.errors import ActorError, ActorFailed, ActorGone, ConfigError, RunError
 
 _ACTOR_LOST = (
     RayActorError,
@@ -49,6 +49,12 @@ _TRACEBACK = "Traceback (most recent call last)"
 _RAY_HEAD = re.compile(r"(\x1b\[\d+m)?ray::\S+\(\)(\x1b\[\d+m)? \(pid=.*\)$", re.MULTILINE)
 
 
+def input_error(error: RayError) -> ConfigError | None:
+    """Returns the error of the input that an actor found, which only what it loads could show; None of another error."""
+    cause = _cause(error)
+    return ConfigError(str(cause)) if isinstance(cause, ConfigError) else None
+
+
 def actor_error(error: RayError, actor: str, doing: str) -> ActorError:
     """Returns the failure that Ray raised when `actor` was called.
 
@@ -58,9 +64,7 @@ def actor_error(error: RayError, actor: str, doing: str) -> ActorError:
         actor: `role/replica`, or a role.
         doing: what it was called for, to follow "while".
     """
-    cause: BaseException = error
-    while isinstance(cause, RayTaskError):
-        cause = cause.cause
+    cause = _cause(error)
     if isinstance(cause, ActorError):
         return cause
     if isinstance(cause, RunError):
@@ -74,6 +78,13 @@ def actor_error(error: RayError, actor: str, doing: str) -> ActorError:
     if isinstance(cause, _ACTOR_LOST) and not never_began:
         return ActorGone.of(actor, f"{actor} was lost while {doing}: {told or name}")
     return ActorFailed.of(actor, f"{actor} failed while {doing}: {f'{name}: {told}' if told else name}")
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Returns what an actor raised, as it raised it."""
+    while isinstance(error, RayTaskError):
+        error = error.cause
+    return error
 
 
 def _told_by_ray(error: RayError) -> str:

@@ -1,7 +1,7 @@
 """What each kind of actor takes of memory, estimated from the config and the model's sizes: pure arithmetic.
 
 Promise: an estimate for the built-in actors at their fullest, not a bound. Weights, gradients, optimizer and caches are exact up to padding;
-activations are those of a Llama-like layer, by what PyTorch keeps of it for the backward pass (`tests/engine/test_actor_memory.py` holds the
+activations are those of a Llama-like layer, by what PyTorch keeps of it for the backward pass (`tests/engine/test_activation_memory.py` holds the
 two together). Not counted: CUDA contexts, NCCL's own buffers, fragmentation, what vLLM's CUDA graphs take.
 """
 
@@ -32,7 +32,7 @@ _QUERY_TENSORS, _INNER_TENSORS = 6.75, 4.0
 """Tensors that a layer keeps of each token for the backward pass: as wide as all query heads (keys and values repeated to these, before and
 after the rotation), and as wide as the feed-forward part."""
 _PROCESS_GIB = {"learner": 0.5, "rollout": 1.1, "reference": 0.35, "reward": 0.1, "driver": 0.5}
-"""Proportional set sizes of a quickstart's processes on a CPU, whose model is next to nothing; an engine is two of them."""
+"""Of an interpreter with its libraries: round figures, after a look at a quickstart's processes on a CPU. An engine is two processes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from maspo_ray.fleet.reservation import Reservation, reserve, wait_for_cluster
 from maspo_ray.groups.intake import Intake
 from maspo_ray.hosts.engine_table import EngineTable
 from maspo_ray.pipeline.loop import Pipeline
+from maspo_ray.pipeline.wait_watch import watch_waits
 from maspo_ray.preflight import check_object_store, preflight
 from maspo_ray.rollouts.error_watch import ErrorWatch
 from maspo_ray.rollouts.pool import RolloutPool
@@ -182,13 +183,8 @@ class _Session:
         """Returns once all actors are up."""
         journal = self._journal
 
-        async def say_long_waits() -> None:
-            while True:
-                await asyncio.sleep(1.0)
-                journal.say_long_waits()
-
         with journal.timeline.span("learner", "set-up"):
-            saying = asyncio.create_task(say_long_waits())
+            saying = asyncio.create_task(watch_waits(journal))
             try:
                 with journal.waiting("the actors; each is named as it comes up"):
                     await self._fleet.setup(journal.note)

@@ -1,7 +1,7 @@
 """Calls to actors: awaited by a deadline, and their failures named.
 
 Promise: whatever Ray raises for an actor comes out as one `ActorError`, in one line that says which actor it was, what it was doing, why
-it failed and where its log is.
+it failed and where its log is; or, where an actor found that the input is wrong, as the `ConfigError` that says so.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
 
-from maspo_ray.actor_failures import CULPRIT_S, actor_error
+from maspo_ray.actor_failures import CULPRIT_S, actor_error, input_error
 from maspo_ray.errors import ActorError, ActorGone, ActorLate, RunError
 from maspo_ray.fleet.actor_logs import ACTOR_LOGS
 
@@ -23,7 +23,8 @@ class failures_named:  # noqa: N801, a context manager
         doing: what it was called for, to follow "while".
 
     Raises:
-        ActorError: Ray raised.
+        ConfigError: the actor found the input to be wrong.
+        ActorError: Ray raised another error.
     """
 
     __slots__ = ("_actor", "_doing")
@@ -37,6 +38,8 @@ class failures_named:  # noqa: N801, a context manager
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if isinstance(error, RayError):
+            if (wrong := input_error(error)) is not None:
+                raise wrong from error
             named = actor_error(error, self._actor, self._doing)
             named = named.with_log(ACTOR_LOGS.sentence([named.actor]))
             # What the actor's own code raised keeps its traceback, for whoever looks further than the message.

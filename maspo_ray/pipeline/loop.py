@@ -72,7 +72,9 @@ class Pipeline:
         """Runs all steps. However it ends, every group has ended in the ledger."""
         try:
             async with asyncio.TaskGroup() as tasks:
-                watch = tasks.create_task(watch_waits(self._journal, self._pool, self._references))
+                watch = tasks.create_task(
+                    watch_waits(self._journal, self._references.check_silence, self._pool.check_silence)
+                )
                 with self._journal.waiting("the first weights to reach the engines"):
                     await self._weights.publish(0, changed=False)
                 await self._compare(0, range(len(self._pool.table)))

@@ -5,22 +5,21 @@ deadline ends the run.
 """
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
-from maspo_ray.rollouts.pool import RolloutPool
-from maspo_ray.rollouts.references import ReferencePool
 from maspo_ray.run_dir.journal import Journal
 
 _LOOK_EVERY_S = 1.0
 
 
-async def watch_waits(journal: Journal, pool: RolloutPool, references: ReferencePool) -> None:
+async def watch_waits(journal: Journal, *checks: Callable[[], Awaitable[None]]) -> None:
     """Looks again and again, without end.
 
-    Raises:
-        ActorError: an actor is silent for longer than it may be, or gone.
+    Args:
+        checks: each raises where an actor is silent for longer than it may be, or gone.
     """
     while True:
         await asyncio.sleep(_LOOK_EVERY_S)
         journal.say_long_waits()
-        references.check_silence()
-        await pool.check_silence()
+        for check in checks:
+            await check()

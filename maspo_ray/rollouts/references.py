@@ -49,7 +49,7 @@ class ReferencePool:
             self._table.give_back(replica, tokens, answered_at)
         return logprobs
 
-    def check_silence(self) -> None:
+    async def check_silence(self) -> None:
         """Raises where an actor is late.
 
         Raises:

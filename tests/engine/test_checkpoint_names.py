@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import random_models
 import ray
 import torch
+from random_models import EXPERTS, random_model
 from rollouts import make_prompt, sample, start_rollout
 from safetensors.torch import load_file
 from transformers import (
@@ -31,20 +33,9 @@ from maspo_ray.config import LoraConfig
 
 pytestmark = pytest.mark.engine
 
-SIZES: dict[str, Any] = {
-    # More than the tokenizer's 64.
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
-EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+TOKENS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
+# More ids than the tokenizer's 64 tokens.
+SIZES: dict[str, Any] = {**random_models.SIZES, **TOKENS, "vocab_size": 96, "num_hidden_layers": 3}
 GLM: dict[str, Any] = {**EXPERTS, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
 JAMBA: dict[str, Any] = {**EXPERTS, "mamba_d_state": 4, "attn_layer_period": 2, "attn_layer_offset": 1}
 CONFIGS: dict[str, PreTrainedConfig] = {
@@ -63,13 +54,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 
 def _saved(config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
     """Returns a random model as a run gets it: read from a folder, buffers included."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for weight in model.state_dict().values():
-            if weight.is_floating_point():
-                weight.normal_(0, 0.2)
-    model.save_pretrained(folder)
+    random_model(config).save_pretrained(folder)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 

@@ -8,6 +8,7 @@ import pytest
 import ray
 import torch
 from learners import random_batch, start_learners
+from random_models import EXPERTS, SIZES, random_model
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -15,7 +16,6 @@ from transformers import (
     LlamaConfig,
     MixtralConfig,
     PreTrainedConfig,
-    PreTrainedModel,
     Qwen3MoeConfig,
 )
 
@@ -29,28 +29,8 @@ from maspo_ray.packing import pack
 
 pytestmark = pytest.mark.engine
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-}
-FEW: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-QWEN: dict[str, Any] = {**SIZES, **FEW, "head_dim": 32, "decoder_sparse_step": 1, "mlp_only_layers": []}
-JAMBA: dict[str, Any] = {**SIZES, **FEW, "mamba_d_state": 4, "attn_layer_period": 2, "attn_layer_offset": 1}
-
-
-def _random(config: PreTrainedConfig) -> PreTrainedModel:
-    torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 0.2)
-    return model
+QWEN: dict[str, Any] = {**SIZES, **EXPERTS, "head_dim": 32, "decoder_sparse_step": 1, "mlp_only_layers": []}
+JAMBA: dict[str, Any] = {**SIZES, **EXPERTS, "mamba_d_state": 4, "attn_layer_period": 2, "attn_layer_offset": 1}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +38,7 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> str:
     from prepare import build_tokenizer
 
     folder = tmp_path_factory.mktemp("experts")
-    _random(Qwen3MoeConfig(**QWEN)).save_pretrained(folder)
+    random_model(Qwen3MoeConfig(**QWEN)).save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     return str(folder)
 
@@ -75,7 +55,7 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> str:
     ids=["qwen3", "mixtral", "jamba", "dense"],
 )
 def test_routers_are_those_that_the_model_declares(config: PreTrainedConfig, names: list[str]) -> None:
-    model = _random(config)
+    model = random_model(config)
     assert list(routers_of(model)) == names
     if names:
         freeze_routers(model)
@@ -84,7 +64,7 @@ def test_routers_are_those_that_the_model_declares(config: PreTrainedConfig, nam
 
 
 def test_router_with_an_adapter_is_one_router() -> None:
-    model = _random(JambaConfig(**JAMBA))
+    model = random_model(JambaConfig(**JAMBA))
     add_adapters(model, LoraConfig(rank=2, alpha=4, targets=("router", "q_proj")))
     assert list(routers_of(model)) == ["model.layers.1.feed_forward.router"]
     freeze_routers(model)
@@ -96,18 +76,18 @@ def test_frozen_router_of_a_model_without_one_is_one_line() -> None:
     with pytest.raises(
         ConfigError, match=r"^learner\.router is frozen; LlamaForCausalLM has no router .* Remove it\.$"
     ):
-        freeze_routers(_random(LlamaConfig(**SIZES)))
+        freeze_routers(random_model(LlamaConfig(**SIZES)))
     with pytest.raises(ConfigError, match=r"^learner\.router_aux_loss_coef is 0\.1; LlamaForCausalLM has no load-bal"):
-        LoadBalance(_random(LlamaConfig(**SIZES)), 0.1)
+        LoadBalance(random_model(LlamaConfig(**SIZES)), 0.1)
 
 
 def test_coefficient_is_the_model_s_where_it_asks_for_the_loss() -> None:
-    quiet = _random(Qwen3MoeConfig(**QWEN, router_aux_loss_coef=0.02))
-    asking = _random(Qwen3MoeConfig(**QWEN, router_aux_loss_coef=0.02, output_router_logits=True))
+    quiet = random_model(Qwen3MoeConfig(**QWEN, router_aux_loss_coef=0.02))
+    asking = random_model(Qwen3MoeConfig(**QWEN, router_aux_loss_coef=0.02, output_router_logits=True))
     assert balance_coefficient(quiet, None) == 0.0
     assert balance_coefficient(asking, None) == 0.02
     assert (balance_coefficient(asking, 0.0), balance_coefficient(quiet, 0.5)) == (0.0, 0.5)
-    assert balance_coefficient(_random(LlamaConfig(**SIZES)), None) == 0.0
+    assert balance_coefficient(random_model(LlamaConfig(**SIZES)), None) == 0.0
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from random_models import EXPERTS, SIZES, random_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from transformers import Qwen3MoeConfig
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.engine, pytest.mark.ray, pytest.mark.slow]
@@ -25,31 +26,12 @@ class EvenReward:
 def _model(folder: Path) -> None:
     from prepare import build_tokenizer
 
-    torch.manual_seed(0)
+    # vLLM pads experts to a multiple of 32 on a CPU, which their size is not.
+    tokens = {"eos_token_id": 1, "pad_token_id": 0}
     config = Qwen3MoeConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=64,
-        num_experts=4,
-        num_experts_per_tok=2,
-        # vLLM pads experts to a multiple of 32 on a CPU.
-        moe_intermediate_size=48,
-        output_router_logits=True,
-        router_aux_loss_coef=0.01,
-        eos_token_id=1,
-        pad_token_id=0,
+        **SIZES, **EXPERTS, **tokens, head_dim=32, output_router_logits=True, router_aux_loss_coef=0.01
     )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 0.2)
-    model.save_pretrained(folder)
+    random_model(config).save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError
 
-from maspo_ray.errors import ActorFailed, ActorGone, ActorLate, RunError
+from maspo_ray.errors import ActorFailed, ActorGone, ActorLate, ConfigError, RunError
 from maspo_ray.fleet.calls import await_all, await_named, await_within, failures_named
 
 
@@ -43,6 +43,16 @@ def test_failures_named_of_an_actors_own_code_keep_their_traceback_and_others_ha
     with pytest.raises(ActorGone) as lost, failures_named("reward/0", "scoring"):
         raise ActorDiedError()
     assert lost.value.__cause__ is None and lost.value.__suppress_context__
+
+
+def test_failures_named_of_an_input_that_an_actor_found_to_be_wrong_is_the_inputs() -> None:
+    wrong = RayTaskError("setup", "", ConfigError("model.path is x; it is y. Mend it."), "ray::setup", 1, "10.0.0.1")
+    nested = RayTaskError("setup", "", wrong, "ray::setup", 1, "10.0.0.1")
+    for error in (wrong, nested, wrong.as_instanceof_cause()):
+        with pytest.raises(ConfigError) as raised, failures_named("learner/0", "setting up"):
+            raise error
+        assert str(raised.value) == "model.path is x; it is y. Mend it."
+        assert not isinstance(raised.value, RayTaskError)
 
 
 def test_failures_named_leaves_other_errors_alone() -> None:

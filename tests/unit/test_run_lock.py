@@ -10,8 +10,12 @@ from threading import Barrier
 
 import pytest
 
+from bench.simulated import simulated_config
+from maspo_ray.config import LoggingConfig
 from maspo_ray.errors import ConfigError, RunError
+from maspo_ray.run_dir.folder import RunFiles
 from maspo_ray.run_dir.hold import LOCK, check_run_dir, held_run_dir
+from maspo_ray.run_dir.sinks import whole_file
 
 HOLD = """
 import sys
@@ -24,11 +28,16 @@ with held_run_dir(Path(sys.argv[1])):
 
 
 def _begin(run_dir: Path) -> None:
-    """Writes what a run writes before its first step."""
-    for name in ("config.yaml", "notes.jsonl"):
-        (run_dir / name).write_text("written by a run")
-    (run_dir / "metrics.jsonl").touch()
-    (run_dir / "steps").mkdir()
+    """Writes all that a run writes before its first step, and when it fails there."""
+    config = simulated_config(run_dir)
+    files = RunFiles(config.model_copy(update={"logging": LoggingConfig()}))
+    files.write_left_out([{"source": "data.train", "row": "line 1", "cause": "has a prompt without text"}])
+    files.write_note("starting the actors")
+    files.write_ledger({"group": 0})
+    files.step_record(1).parent.mkdir()
+    for name in ("summary.json", "curves.png"):
+        with whole_file(run_dir / name) as partial:
+            partial.touch()
 
 
 def test_run_dir_of_a_run_under_way_is_refused_by_name_until_its_process_is_gone(tmp_path: Path) -> None:
